@@ -1,0 +1,80 @@
+"""An adapter at rest: a recipe, its sites, its tensors, and what it should know about itself. No module, no model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.core.combine import AddSpec
+from lorakit.core.delta import Delta, Factors
+from lorakit.core.errors import AdapterMismatch, NotExportable, did_you_mean
+from lorakit.core.method import Method, Recipe, get_method
+from lorakit.core.site import Site
+
+UNFROZEN = "unfrozen."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`tensors` are keyed `<site>.<tensor>` ("model.layers.0.self_attn.q_proj.A"), and `unfrozen.<parameter>` for whole trained parameters.
+
+    `meta` holds the base's fingerprint, chat template, data hash and metrics: JSON values only.
+    """
+
+    recipe: Recipe
+    sites: tuple[Site, ...]
+    tensors: Mapping[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def method(self) -> Method:
+        """The method that the recipe names."""
+        return get_method(self.recipe.name, **self.recipe.kwargs)
+
+    def of(self, site: Site) -> dict[str, Tensor]:
+        """One site's tensors, by their short names."""
+        prefix = site.name + "."
+        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix) and "." not in k[len(prefix) :]}
+
+    def unfrozen(self) -> dict[str, Tensor]:
+        """Whole trained parameters, by their path in the model."""
+        return {k[len(UNFROZEN) :]: v for k, v in self.tensors.items() if k.startswith(UNFROZEN)}
+
+    def deltas(self) -> dict[str, Delta]:
+        """A delta module per site, on the CPU, holding this adapter's tensors."""
+        method = self.method()
+        assert method.delta is not None or not self.sites
+        out: dict[str, Delta] = {}
+        for site in self.sites:
+            tensors = self.of(site)
+            delta = method.delta.build(site, dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[union-attr]
+            delta.load_state_dict({k: v for k, v in tensors.items() if k in delta.state_dict()})
+            out[site.name] = delta.eval().requires_grad_(False)
+        return out
+
+    def factors(self) -> dict[str, Factors]:
+        """(A, B, s) per site. Raises NotExportable with the sites and the reason when the update is not s·B·A."""
+        method = self.method()
+        if not isinstance(method.combine, AddSpec):
+            names = [s.name for s in self.sites]
+            raise NotExportable(f"{self.recipe.name} rescales W itself at {len(names)} sites ({names[0]}, …): its update is not s·B·A")
+        found = {name: delta.factors() for name, delta in self.deltas().items()}
+        without = [name for name, f in found.items() if f is None]
+        if without:
+            raise NotExportable(f"{self.recipe.name} has no factors at {len(without)} sites ({without[0]}, …)")
+        return {name: f for name, f in found.items() if f is not None}
+
+    def check(self, expected: Mapping[str, torch.Size], what: str) -> None:
+        """Raise AdapterMismatch unless the tensors are exactly those expected, well shaped and finite."""
+        missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
+        if missing or extra:
+            parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in (("missing", missing), ("not expected", extra)) if names]
+            hint = did_you_mean(extra[0], missing) if missing and extra else ""
+            raise AdapterMismatch(f"the adapter's tensors do not fit {what}: {' and '.join(parts)}. {hint}".rstrip())
+        for name, shape in expected.items():
+            tensor = self.tensors[name]
+            if tensor.shape != shape:
+                raise AdapterMismatch(f"tensor {name} has shape {tuple(tensor.shape)}; {what} needs {tuple(shape)}")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise AdapterMismatch(f"tensor {name} holds NaN or infinite values; the adapter is damaged or its training diverged")

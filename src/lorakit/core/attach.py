@@ -1,0 +1,405 @@
+"""Attach a method to a model. `Adapted` is a handle, not a module: `adapted.model` is the user's own object."""
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core import random
+from lorakit.core.adapter import UNFROZEN, Adapter
+from lorakit.core.base import Base, base_of
+from lorakit.core.context import Cell, Ctx
+from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, did_you_mean
+from lorakit.core.fingerprint import Fingerprint, fingerprint
+from lorakit.core.layer import Branch, Slot, adapt, restore
+from lorakit.core.method import Method
+from lorakit.core.params import Param, ParamTable
+from lorakit.core.site import Site, select, sites_of
+from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
+
+
+def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> "Adapted":
+    """Adapt `model` in place and return the handle.
+
+    Everything but the method's own parameters is frozen; they are fp32 (fp64 on an fp64 base) whatever the base's dtype. The same seed
+    gives the same initial tensors on any device. Raises NoSuchSite, BadParameter or Incompatible before anything is changed.
+    """
+    return Adapted(model, seed=seed).add(name, method)
+
+
+class Adapted:
+    """A model with adapters. One or several may be active; `switch` chooses, `disabled` shows the base."""
+
+    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
+        if any(isinstance(m, Slot) for m in model.modules()):
+            raise Incompatible("this model is already adapted; use its handle's .add(name, method), or .detach() it first")
+        self.model, self.seed, self.cell = model, seed, Cell()
+        self.fingerprint: Fingerprint = fingerprint(model)
+        self.methods: dict[str, Method] = {}
+        self.unfrozen: dict[str, list[Unfrozen]] = {}
+        self.meta: dict[str, Any] = {}
+        self.active: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self._merged = False
+        self._required = [(p, p.requires_grad) for p in model.parameters()]
+        self._tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+        self._hook = model.register_forward_pre_hook(_Prepare(self.cell))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(*args, **kwargs)
+
+    # --- adapters by name -------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, what: Method | Adapter, *, seed: int | None = None) -> "Adapted":
+        """Add a fresh method or a finished adapter under a name, and make it the active one."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadParameter(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+        if name in self.methods:
+            raise BadParameter(f"an adapter called {name!r} is already attached; switch({name!r}) or choose another name")
+        self._not_while_merged("add an adapter")
+        before = self.active
+        method = what if isinstance(what, Method) else what.method()
+        sites = _sites(self.model, method, what)
+        trained = self._unfreeze(method)
+        slots = self._slots(sites)
+        try:
+            for site in sites:
+                slot = slots[site.module]
+                slot.branches[_key(name, site)] = _branch(site, slot.base, method, self.seed if seed is None else seed, what)
+            self.methods[name], self.unfrozen[name] = method, trained
+            if isinstance(what, Adapter):
+                self._fill(name, what)
+        except BaseException:
+            self._forget(name)
+            self.switch(*before)
+            raise
+        self._note_ties(sites)
+        if any(s.kind == "embedding" for s in sites):
+            self.model.__dict__["resize_token_embeddings"] = _refuse_resize
+        return self.switch(name)
+
+    def switch(self, *names: str) -> "Adapted":
+        """Make these adapters the active ones; their updates add up, and only they are trainable. No name: the base alone."""
+        self._not_while_merged("switch")
+        for name in names:
+            if name not in self.methods:
+                raise BadParameter(f"no adapter is called {name!r}. {did_you_mean(name, self.methods)}")
+        if sum(bool(self.unfrozen[n]) for n in names) > 1:
+            raise Incompatible(f"{names} each train whole modules; only one of them can be active at a time")
+        self.active = names
+        self._apply()
+        return self
+
+    def scale(self, name: str, w: float) -> "Adapted":
+        """Multiply an adapter's change of the output by w (1 is as trained, 0 is the base, negative subtracts)."""
+        if name not in self.methods:
+            raise BadParameter(f"no adapter is called {name!r}. {did_you_mean(name, self.methods)}")
+        if self.unfrozen[name]:
+            raise Incompatible(f"{name!r} trains whole modules ({self.unfrozen[name][0].name}, …), which cannot be scaled")
+        self._not_while_merged("scale")
+        for branch in self.branches(name):
+            branch.w = float(w)
+        return self
+
+    @contextmanager
+    def disabled(self) -> Iterator["Adapted"]:
+        """The base alone, exactly, inside the block. Trainability is not touched."""
+        self._not_while_merged("disable")
+        names, self.active = self.active, ()
+        self._install()
+        try:
+            yield self
+        finally:
+            self.active = names
+            self._install()
+
+    def detach(self) -> nn.Module:
+        """Remove everything: the same module objects with the same bits as before attach. Returns the model."""
+        self.unmerge()
+        for name in list(self.methods):
+            self._forget(name)
+        self._hook.remove()
+        self.model.__dict__.pop("resize_token_embeddings", None)
+        for p, required in self._required:
+            p.requires_grad_(required)
+        return self.model
+
+    # --- what there is ----------------------------------------------------------------------------------------------------
+
+    def branches(self, name: str | None = None) -> list[Branch]:
+        """The branches of one adapter, or of all active ones, in model order."""
+        names = (name,) if name else self.active
+        found = [(s, k) for s in self._all_slots() for k in s.branches]
+        return [s.branches[k] for s, k in found if k.split("[")[0] in names]  # type: ignore[misc]
+
+    def params(self) -> ParamTable:
+        """Every trainable parameter of the active adapters."""
+        rows = []
+        for branch in self.branches():
+            for part in (branch.delta, branch.combine):
+                roles = part.roles()
+                rows += [Param(f"{branch.site.name}.{a}", part, a, roles[a], branch.site) for a in sorted(part.trains)]
+        for name in self.active:
+            rows += [Param(UNFROZEN + u.name, u.module, u.attribute, "full", None) for u in self.unfrozen[name]]
+        return ParamTable(tuple(rows))
+
+    @contextmanager
+    def given(self, *, step: int, seed: int | None = None) -> Iterator["Adapted"]:
+        """Fix the context of the forwards inside: masks follow from (seed, step)."""
+        key = torch.tensor([self.seed if seed is None else seed, step], dtype=torch.int64)
+        with self.cell.hold(Ctx(key)):
+            yield self
+
+    @property
+    def context(self) -> Ctx:
+        """The current context."""
+        return self.cell.value
+
+    # --- merging ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Move the active adapters' changes into the base weights (computed at least in fp32) and return the model.
+
+        A tied weight is untied first and `config.tie_word_embeddings` set to False, or the other module would change too.
+        """
+        self._not_while_merged("merge")
+        tied = _tied_modules(self.model)
+        for slot in self._all_slots():
+            if slot.active:
+                base = slot.base
+                wide = torch.promote_types(base.dtype, torch.float32)
+                changes = [slot.branches[k].weight().to(wide) for k in slot.active]  # type: ignore[operator]
+                base.assign_(base.dense(wide) + functools.reduce(torch.add, changes))
+                slot.active = ()
+                if id(base.module) in tied:
+                    self._set_tied(False)
+        self._merged = True
+        return self.model
+
+    def unmerge(self) -> nn.Module:
+        """Undo `merge`, bit for bit."""
+        if self._merged:
+            for slot in self._all_slots():
+                slot.base.restore_()
+            self._merged = False
+            self._set_tied(self._tied)
+            self._install()
+        return self.model
+
+    # --- saving -----------------------------------------------------------------------------------------------------------
+
+    def state(self, name: str | None = None) -> Adapter:
+        """The adapter at rest: CPU copies of its tensors."""
+        name = name or self._only_active()
+        method = self.methods[name]
+        if method.recipe is None:
+            raise NotExportable("this method was changed with .but() and has no recipe; register a function for it (lorakit new-method)")
+        branches = self.branches(name)
+        tensors = {f"{b.site.name}.{k}": v for b in branches for k, v in _tensors(b).items()}
+        tensors |= {UNFROZEN + u.name: u.trained.detach() for u in self.unfrozen[name]}
+        meta = {"base": self.fingerprint.as_dict(), **self.meta}
+        copies = {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        return Adapter(method.recipe, tuple(b.site for b in branches), copies, meta)
+
+    def save(self, folder: str | Path, name: str | None = None) -> Path:
+        """Write the adapter to a folder, atomically. Never touches the network."""
+        from lorakit.adapters.io import save_adapter
+
+        return save_adapter(self.state(name), folder)
+
+    # --- inside -----------------------------------------------------------------------------------------------------------
+
+    def _all_slots(self) -> list[Slot]:
+        return [m for m in self.model.modules() if isinstance(m, Slot)]
+
+    def _slots(self, sites: list[Site]) -> dict[str, Slot]:
+        out = {}
+        for path in dict.fromkeys(s.module for s in sites):
+            module = self.model.get_submodule(path)
+            slot = getattr(module, "lora", None)
+            if not isinstance(slot, Slot):
+                slot = Slot(base_of(module), self.cell)
+                slot.train(module.training)
+                adapt(module, slot)
+            out[path] = slot
+        return out
+
+    def _unfreeze(self, method: Method) -> list[Unfrozen]:
+        self.active = ()
+        self._install()
+        return unfreeze(self.model, method.unfreeze) if method.unfreeze else []
+
+    def _fill(self, name: str, adapter: Adapter) -> None:
+        """Copy a finished adapter's tensors in, after checking every one of them."""
+        targets: dict[str, Tensor] = {f"{b.site.name}.{k}": v for b in self.branches(name) for k, v in _tensors(b).items()}
+        targets |= {UNFROZEN + u.name: u.trained for u in self.unfrozen[name]}
+        adapter.check({k: v.shape for k, v in targets.items()}, f"method {adapter.recipe.name!r} on this model")
+        with torch.no_grad():
+            for key, tensor in targets.items():
+                tensor.copy_(adapter.tensors[key])
+        self.meta = {k: v for k, v in adapter.meta.items() if k != "base"}
+
+    def _forget(self, name: str) -> None:
+        self.active = tuple(n for n in self.active if n != name)
+        self.methods.pop(name, None)
+        for entry in self.unfrozen.pop(name, []):
+            entry.install(False)
+            stop_casting(entry.module)
+        for module in [m for m in self.model.modules() if isinstance(getattr(m, "lora", None), Slot)]:
+            slot = module.lora
+            for key in [k for k in slot.branches if k.split("[")[0] == name]:  # type: ignore[union-attr]
+                del slot.branches[key]  # type: ignore[union-attr]
+            if not slot.branches:  # type: ignore[union-attr]
+                restore(module)
+
+    def _apply(self) -> None:
+        self.model.requires_grad_(False)
+        self._install()
+        for row in self.params():
+            row.tensor.requires_grad_(True)
+
+    def _install(self) -> None:
+        for entries in self.unfrozen.values():
+            for entry in entries:
+                entry.install(False)
+        for name in self.active:
+            for entry in self.unfrozen[name]:
+                entry.install(True)
+        for slot in self._all_slots():
+            slot.active = tuple(k for n in self.active for k in slot.branches if k.split("[")[0] == n)
+
+    def _only_active(self) -> str:
+        if len(self.active) != 1:
+            raise BadParameter(f"name the adapter: active are {list(self.active)}, attached are {list(self.methods)}")
+        return self.active[0]
+
+    def _not_while_merged(self, action: str) -> None:
+        if self._merged:
+            raise Incompatible(f"cannot {action} while merged; call unmerge() first")
+
+    def _set_tied(self, value: bool | None) -> None:
+        config = getattr(self.model, "config", None)
+        if config is not None and value is not None:
+            config.tie_word_embeddings = value
+
+    def _note_ties(self, sites: list[Site]) -> None:
+        tied = _tied_modules(self.model)
+        for site in sites:
+            if id(self.model.get_submodule(site.module)) in tied:
+                self.notes.append(
+                    f"{site.module} shares its weight with another module: the adapter changes this use only, and merging unties the two"
+                )
+
+
+class _Prepare:
+    """Before each forward of the model: a fresh step for masks in training, and checkpointing that recomputes under the forward's own context."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if model.training:
+            if not self.cell.given:
+                self.cell.value = Ctx(torch.stack([torch.zeros((), dtype=torch.int64), torch.randint(2**31, ())]))
+            _carry_context(model, self.cell)
+
+
+def _refuse_resize(*args: Any, **kwargs: Any) -> None:
+    raise Incompatible("an embedding of this model is adapted and cannot be resized: detach() first, resize, then attach again")
+
+
+def _carry_context(model: nn.Module, cell: Cell) -> None:
+    for module in model.modules():
+        func = getattr(module, "_gradient_checkpointing_func", None)
+        if func is None or not getattr(module, "gradient_checkpointing", False) or "context_fn" in getattr(func, "keywords", {}):
+            continue
+        if getattr(func, "keywords", {}).get("use_reentrant", True):
+            raise Incompatible(
+                "reentrant activation checkpointing cannot restore an adapter's context; "
+                "use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+        module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **func.keywords, context_fn=cell.checkpoint_contexts)
+
+
+def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Site]:
+    if method.delta is None:
+        return []
+    if isinstance(what, Method):
+        sites = select(model, method.sites)
+        for site in sites:
+            method.delta.count(site)  # rank over the matrix: an error before anything is changed
+        return sites
+    here = {s.name: s for s in sites_of(model)}
+    for site in what.sites:
+        found = here.get(site.name)
+        if found is None:
+            raise AdapterMismatch(f"the adapter has a site {site.name!r} that this model lacks. {did_you_mean(site.name, here)}")
+        if (found.d_out, found.d_in, found.rows) != (site.d_out, site.d_in, site.rows):
+            raise AdapterMismatch(
+                f"the adapter was made for a base of other shapes: {site.name} is {site.d_out} × {site.d_in} there, {found.d_out} × {found.d_in} here"
+            )
+    return list(what.sites)
+
+
+def _branch(site: Site, host: Base, method: Method, seed: int, what: Method | Adapter) -> Branch:
+    assert method.delta is not None
+    dtype = torch.promote_types(host.dtype, torch.float32)
+    delta = method.delta.build(site, dtype=dtype, device=host.device)
+    shell = Branch(site, host, delta, _Unset())  # gives the init the base as the site sees it
+    if method.init is not None and isinstance(what, Method):
+        method.init(delta, shell.base, site, random.generator(seed, site.name))
+    shell.combine = method.combine.build(site, shell.base, delta)
+    return shell.train(host.module.training)
+
+
+class _Unset(nn.Module):
+    pass
+
+
+def _tensors(branch: Branch) -> dict[str, Tensor]:
+    return {**branch.delta.state_dict(), **branch.combine.state_dict()}
+
+
+def _key(name: str, site: Site) -> str:
+    return name + site.name[len(site.module) :]
+
+
+def _tied_modules(model: nn.Module) -> set[int]:
+    """ids of modules whose `weight` is also another module's."""
+    owners: dict[int, list[int]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(id(module))
+    return {m for modules in owners.values() if len(modules) > 1 for m in modules}
+
+
+def load(model: nn.Module, folder: str | Path, *, name: str = "default", force: bool = False) -> Adapted:
+    """Attach a saved adapter (lorakit's own or a PEFT folder). Raises AdapterMismatch for a base of other shapes, always, and for one of
+    other weights unless `force`."""
+    from lorakit.adapters.io import load_adapter
+
+    adapter = load_adapter(folder, model=model)
+    adapted = Adapted(model)
+    try:
+        check_base(adapter, adapted.fingerprint, force=force)
+        return adapted.add(name, adapter)
+    except BaseException:
+        adapted.detach()
+        raise
+
+
+def check_base(adapter: Adapter, found: Fingerprint, *, force: bool) -> None:
+    """Raise AdapterMismatch when the adapter was trained on other weights."""
+    recorded = adapter.meta.get("base")
+    if recorded and not force:
+        made_for = Fingerprint(**recorded)
+        if made_for.matches(found) is False:
+            raise AdapterMismatch(f"the adapter was trained on {made_for}, but this model is {found}; force=True (--force) loads it anyway")

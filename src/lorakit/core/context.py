@@ -1,0 +1,49 @@
+"""What a forward pass may know besides x: an immutable value of tensors (a changing int would recompile a compiled model).
+
+`with adapted.given(step=...)` sets it for the forwards inside; outside, training forwards draw a fresh step from torch's global generator.
+Activation checkpointing recomputes under the forward's own value: two forwards before one backward would otherwise get the wrong masks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """`key`: int64 [seed, step] on the CPU, from which every mask inside forward follows."""
+
+    key: Tensor
+
+
+@dataclass
+class Cell:
+    """The one place that holds the current Ctx; every adapted layer of a model shares it."""
+
+    value: Ctx = field(default_factory=lambda: Ctx(torch.zeros(2, dtype=torch.int64)))
+    given: bool = False
+
+    @contextmanager
+    def hold(self, value: Ctx) -> Iterator[None]:
+        """Set `value` for the duration of the block."""
+        before = (self.value, self.given)
+        self.value, self.given = value, True
+        try:
+            yield
+        finally:
+            self.value, self.given = before
+
+    def checkpoint_contexts(self) -> tuple[object, object]:
+        """The pair that torch.utils.checkpoint's `context_fn` wants: nothing in forward, the forward's own Ctx in recomputation."""
+        return _Nothing(), self.hold(self.value)
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None

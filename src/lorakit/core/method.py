@@ -1,0 +1,164 @@
+"""A method is a frozen value: which parts, at which sites. A registered function makes it, and its signature is the configuration.
+
+    @method("lora", paper="arXiv:2106.09685", survey="2.1", kind="delta")
+    def lora(r: int = 8, alpha: float = 16.0, ...) -> Method: ...
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pydantic
+
+from lorakit.core.combine import AddSpec, CombineSpec
+from lorakit.core.delta import DeltaSpec
+from lorakit.core.errors import BadParameter, Incompatible, NoSuchMethod, did_you_mean
+from lorakit.core.events import ControllerSpec, Init, Penalty
+from lorakit.core.site import Site, Where
+
+SITES_HELP = "preset (all-linear, attention, mlp, qv, embedding), name or suffix, glob, re:regex, or a list of those"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The name and arguments that rebuild a method."""
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Parts, all of them frozen values with a `build`; everything built is owned by Adapted or by the run."""
+
+    delta: DeltaSpec | None
+    init: Init | None = None
+    combine: CombineSpec = AddSpec()
+    sites: Where = "all-linear"
+    unfreeze: tuple[str, ...] = ()
+    penalties: tuple[Penalty, ...] = ()
+    controllers: tuple[ControllerSpec, ...] = ()
+    optim: Any = None
+    """An optimizer spec (parts/optimizers), or None for AdamW."""
+    identity: bool = True
+    """Whether the output is unchanged at init up to rounding."""
+    recipe: Recipe | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        provided = self.delta.provides if self.delta else frozenset()
+        parts = [self.init, self.combine, *self.penalties, *self.controllers]
+        for part in parts:
+            missing = (part.requires if part is not None else frozenset()) - provided
+            if missing:
+                delta = type(self.delta).__name__
+                raise Incompatible(f"{type(part).__name__} needs a delta with {sorted(missing)}; {delta} provides {sorted(provided)}")
+
+    def but(self, **parts: Any) -> "Method":
+        """This method with some parts exchanged; checked again. The result has no recipe until a registered function returns it."""
+        known = {f.name for f in dataclasses.fields(self)} - {"recipe"}
+        for name in parts:
+            if name not in known:
+                raise BadParameter(f"Method has no part {name!r}. {did_you_mean(name, known)}")
+        return dataclasses.replace(self, **parts, recipe=None)
+
+    def count(self, sites: list[Site]) -> int:
+        """Trainable parameters of deltas and combines over these sites, in closed form."""
+        return sum(self.delta.count(s) + self.combine.count(s) for s in sites) if self.delta else 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered method: what `lorakit list` prints."""
+
+    name: str
+    make: Callable[..., Method]
+    paper: str
+    survey: str
+    heading: str
+    kind: str
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Signature of the method function: name -> parameter with annotation and default."""
+        return dict(inspect.signature(self.make).parameters)
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.make) or inspect.getdoc(inspect.getmodule(self.make)) or "").split("\n")[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready description."""
+        parameters = {n: p.default for n, p in self.parameters.items()}
+        facts = {k: getattr(self, k) for k in ("name", "paper", "survey", "heading", "kind", "summary")}
+        return facts | {"parameters": parameters}
+
+
+_REGISTRY: dict[str, Entry] = {}
+
+
+def method(name: str, *, paper: str, survey: str, kind: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Register a function as a method. Its module's folder is its heading."""
+
+    def register(make: Callable[..., Method]) -> Callable[..., Method]:
+        known = _REGISTRY.get(name)
+        if known is not None and known.make.__module__ != make.__module__:
+            raise BadParameter(f"method {name!r} is registered twice: in {known.make.__module__} and {make.__module__}")
+        heading = make.__module__.split(".")[-2] if "." in make.__module__ else "external"
+        _REGISTRY[name] = Entry(name, make, paper, survey, heading, kind)
+        return make
+
+    return register
+
+
+@functools.cache
+def _discover() -> None:
+    package = importlib.import_module("lorakit.methods")
+    for info in pkgutil.walk_packages(package.__path__, "lorakit.methods."):
+        importlib.import_module(info.name)
+    for point in importlib.metadata.entry_points(group="lorakit.methods"):
+        point.load()
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    _discover()
+    return sorted(_REGISTRY)
+
+
+def describe(name: str) -> Entry:
+    """The registered entry. Raises NoSuchMethod naming the nearest."""
+    _discover()
+    if name not in _REGISTRY:
+        raise NoSuchMethod(f"no method is called {name!r}. {did_you_mean(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def get_method(name: str, /, **kwargs: Any) -> Method:
+    """The method with these parameters, checked against its signature.
+
+    Raises NoSuchMethod, or BadParameter for an unknown name or a value of the wrong type (both with the nearest name or the type expected).
+    """
+    entry = describe(name)
+    hints = typing.get_type_hints(entry.make)
+    for key in kwargs:
+        if key not in entry.parameters:
+            raise BadParameter(f"method {name!r} has no parameter {key!r}. {did_you_mean(key, entry.parameters)}")
+    checked = {k: _checked(name, k, hints[k], v) for k, v in kwargs.items()}
+    return dataclasses.replace(entry.make(**checked), recipe=Recipe(name, checked))
+
+
+def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
+    if callable(value):  # a predicate for sites
+        return value
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise BadParameter(f"method {name!r}: {key}={value!r} is not {getattr(hint, '__name__', hint)}: {error.errors()[0]['msg']}") from None

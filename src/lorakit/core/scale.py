@@ -1,0 +1,64 @@
+"""The one scale resolver: (r, s) of a site from r, alpha, the rule and the patterns. Train, merge, export, mix and serve all ask here.
+
+    linear    s = alpha / r             LoRA, arXiv:2106.09685
+    sqrt      s = alpha / sqrt(r)       rsLoRA, arXiv:2312.03732
+    guarded   s = alpha / (r + 1e-5)    AdaLoRA's code; r is the initial rank and never changes when ranks are pruned
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lorakit.core.errors import BadParameter
+from lorakit.core.site import Site
+
+T = TypeVar("T", int, float)
+
+RULES: dict[str, Callable[[int, float], float]] = {
+    "linear": lambda r, alpha: alpha / r,
+    "sqrt": lambda r, alpha: alpha / math.sqrt(r),
+    "guarded": lambda r, alpha: alpha / (r + 1e-5),
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """r and alpha, by site: a pattern is a regular expression that must match the end of a site's name, on a dot."""
+
+    r: int
+    alpha: float
+    rule: str = "linear"
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        r: int,
+        alpha: float,
+        *,
+        rule: str = "linear",
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+    ) -> "Rank":
+        """Check and freeze what the user typed. Raises BadParameter."""
+        for name, value in [("r", r), *(rank_pattern or {}).items()]:
+            if value < 1:
+                raise BadParameter(f"rank {name}={value} is not possible; r must be at least 1")
+        return cls(r, alpha, rule, tuple(sorted((rank_pattern or {}).items())), tuple(sorted((alpha_pattern or {}).items())))
+
+    def at(self, site: Site) -> tuple[int, float]:
+        """(r, s) at a site. Raises BadParameter when r exceeds the matrix."""
+        r = _lookup(self.rank_pattern, site.name, self.r)
+        if r > min(site.d_in, site.d_out):
+            raise BadParameter(
+                f"r={r} exceeds the matrix at site {site.name!r} ({site.d_out} × {site.d_in}); "
+                f"use r <= {min(site.d_in, site.d_out)}, or a rank_pattern entry for this site"
+            )
+        return r, RULES[self.rule](r, _lookup(self.alpha_pattern, site.name, self.alpha))
+
+
+def _lookup(pattern: tuple[tuple[str, T], ...], name: str, default: T) -> T:
+    return next((value for key, value in pattern if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,101 @@
+"""Whole modules trained beside the deltas (a classifier head, norms, biases, everything).
+
+The trained parameters are new objects in the modules' places; the originals are kept, so that switching, disabling and detaching are exact, and a weight
+tied to another module's is untied by being trained. Parameters of a lower precision train in fp32 and are cast inside forward.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.errors import NoSuchSite, did_you_mean
+
+
+@dataclass
+class Unfrozen:
+    """One parameter by address, its original and its trained form."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    original: nn.Parameter
+    trained: nn.Parameter
+
+    def install(self, on: bool) -> None:
+        """Put the trained (or the original) parameter in place."""
+        self.module.register_parameter(self.attribute, self.trained if on else self.original)
+
+
+def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[Unfrozen]:
+    """Clone every parameter whose path, module or module suffix matches a pattern. Raises NoSuchSite for a pattern that matches none."""
+    places = [
+        (f"{path}.{name}".lstrip("."), path, module, name)
+        for path, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if ".lora." not in f".{path}." and p is not None
+    ]
+    found: dict[str, Unfrozen] = {}
+    for pattern in patterns:
+        hits = [place for place in places if _hits(pattern, place[0], place[1])]
+        if not hits:
+            names = {path.rsplit(".", 1)[-1] for _, path, _, _ in places}
+            raise NoSuchSite(f"unfreeze entry {pattern!r} matches no module with parameters. {did_you_mean(pattern, names)}")
+        for full, _, module, name in hits:
+            original = getattr(module, name)
+            found.setdefault(full, Unfrozen(full, module, name, original, _trained(original)))
+    for entry in found.values():
+        wide = entry.trained.dtype
+        if entry.original.dtype != wide:
+            cast_inside(entry.module)
+    return list(found.values())
+
+
+def _hits(pattern: str, full: str, path: str) -> bool:
+    prefixes = [path, full, *(path[: i] for i, c in enumerate(path) if c == ".")]
+    return any(p == pattern or p.endswith("." + pattern) or fnmatch.fnmatchcase(p, pattern) for p in prefixes)
+
+
+def _trained(original: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(original.detach().to(torch.promote_types(original.dtype, torch.float32), copy=True))
+
+
+def cast_inside(module: nn.Module) -> None:
+    """Swap the class so that forward sees the parameters in the input's dtype."""
+    if not hasattr(type(module), "casting"):
+        module.__class__ = _casting_class(type(module))
+
+
+def stop_casting(module: nn.Module) -> None:
+    """Undo `cast_inside`."""
+    plain = getattr(type(module), "casting", None)
+    if plain is not None:
+        module.__class__ = plain
+
+
+@functools.cache
+def _casting_class(plain: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        names = [n for n, _ in self.named_parameters(recurse=False)]
+        for name in names:  # an instance attribute shadows the registered parameter of the same name
+            self.__dict__[name] = self._parameters[name].to(dtype)  # type: ignore[union-attr]
+        try:
+            return plain.forward(self, x, *args, **kwargs)
+        finally:
+            for name in names:
+                del self.__dict__[name]
+
+    def reduce(self: nn.Module) -> tuple[Any, ...]:
+        return _unpickled, (plain,), self.__dict__
+
+    return type(f"Casting{plain.__name__}", (plain,), {"forward": forward, "casting": plain, "__reduce__": reduce})
+
+
+def _unpickled(plain: type[nn.Module]) -> nn.Module:
+    cls = _casting_class(plain)
+    return cls.__new__(cls)

@@ -1,0 +1,73 @@
+"""PiSSA: principal singular values and singular vectors adaptation.
+
+    W = U S Vᵀ        B₀ = U_r √(S_r / s)        A₀ = √(S_r / s) V_rᵀ
+    y = (W − s·B₀A₀) x + s·B A dropout(x) + bias        A, B start at A₀, B₀
+
+The adapter starts at the principal part of W, which learns faster than noise; the residual is frozen. The paper rewrites W into the residual; here the
+pair (A₀, B₀) stays in the delta as a frozen anchor, so that the base is never touched: other adapters on it stay right, disabling and
+detaching are exact, bf16 loses nothing, and the adapter is plain LoRA of rank 2r: [B, −B₀] · [A; A₀].
+With dropout the anchor sees the dropped input too.
+Trained: A and B, r (d_in + d_out) a site. `niter` 0 is the exact SVD in fp32; above, that many randomized subspace iterations (the paper: 4 to 16).
+Defaults: alpha = r, so s = 1 (section 5: r = alpha = 128).
+References: arXiv:2404.02948; survey 3.3.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakit.core.base import Base
+from lorakit.core.delta import Delta
+from lorakit.core.lowrank import LowRank, LowRankSpec
+from lorakit.core.method import Method, method
+from lorakit.core.scale import Rank
+from lorakit.core.site import Site, Where
+from lorakit.parts.inits.random import set_
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A₀, B₀ from the r largest singular triplets of W; the anchor remembers them."""
+
+    niter: int = 0
+    requires: frozenset[str] = frozenset({"factors", "anchor"})
+
+    def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
+        assert isinstance(delta, LowRank)
+        U, S, Vh = principal(base.dense().cpu(), delta.r, self.niter, rng)
+        root = (S / delta.s).sqrt()
+        for tensors, value in (((delta.A, delta.A0), root[:, None] * Vh), ((delta.B, delta.B0), U * root)):
+            for tensor in tensors:
+                set_(tensor, value)
+
+
+def principal(W: Tensor, r: int, niter: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [d_out, r], S [r], Vᵀ [r, d_in]) of the r largest triplets, at least in fp32; randomized with niter > 0."""
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    if niter == 0:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :r], S[:r], Vh[:r]
+    # Halko, Martinsson, Tropp (2011): r + 8 test vectors drawn from our generator, orthonormalized between the iterations
+    Q = torch.empty(W.shape[1], min(r + 8, min(W.shape)), dtype=W.dtype).normal_(generator=rng)
+    Q = torch.linalg.qr(W @ Q).Q
+    for _ in range(niter):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    return (Q @ U)[:, :r], S[:r], Vh[:r]
+
+
+@method("pissa", paper="arXiv:2404.02948", survey="3.3.1", kind="init")
+def pissa(
+    r: int = 8,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    sites: Where = "all-linear",
+    niter: int = 0,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    unfreeze: tuple[str, ...] = (),
+) -> Method:
+    """LoRA that starts at W's principal singular components."""
+    rank = Rank.of(r, alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    return Method(LowRankSpec(rank, dropout, anchor=True), Principal(niter), sites=sites, unfreeze=unfreeze)

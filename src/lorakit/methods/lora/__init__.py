@@ -1,0 +1,1 @@
+"""Survey 2.1: LoRA itself."""

@@ -1,0 +1,1 @@
+"""Survey 3.2: rank allocation."""

@@ -1,0 +1,35 @@
+"""AdamW over a parameter table, with learning rates by role.
+
+A group's rate is the run's rate times its multiplier, so that schedules act on all groups alike; biases and vectors get no weight decay
+from a multiplier's group: decay is one number, and 0 by default.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.core.params import Param, ParamTable
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """torch.optim.AdamW. `ratios`: (role, multiplier) pairs; `embedding_lr`: a fixed rate for embedding sites (LoRA+), None for the run's."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    ratios: tuple[tuple[str, float], ...] = ()
+    embedding_lr: float | None = None
+
+    def build(self, table: ParamTable, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        """One group per rate, in the table's order."""
+        groups = [
+            {"params": [p.tensor for p in rows], "lr": rate, "names": [p.name for p in rows]}
+            for rate, rows in table.groups(lambda p: self.rate(p, lr)).items()
+        ]  # fmt: skip
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, weight_decay=weight_decay)
+
+    def rate(self, param: Param, lr: float) -> float:
+        """The learning rate of one parameter."""
+        if self.embedding_lr is not None and param.site is not None and param.site.kind == "embedding":
+            return self.embedding_lr
+        return lr * dict(self.ratios).get(param.role, 1.0)
