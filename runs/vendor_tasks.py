@@ -35,8 +35,9 @@ def readme(table: list[str]) -> str:
         [
             "# The built-in tasks",
             "",
-            f"Sources of eight packages of the CPython {PINNED} standard library, written by `runs/vendor_tasks.py`. Tests (`test`, `tests`,",
-            "`idle_test`) and files without text are left out; nothing else is changed. The bundled base never saw them in pre-training.",
+            f"Sources of eight packages of the CPython {PINNED} standard library, written by `runs/vendor_tasks.py`. Tests (`test`,",
+            "`tests`, `idle_test`) and files without text are left out; nothing else is changed. The bundled base never saw them in",
+            "pre-training.",
             "Each `<package>.jsonl.xz` holds one JSON object a line, `{path, text}`, ordered by path. Everything that",
             "`lorakit.data.builtin` offers is derived from these files when it is loaded.",
             "",
@@ -64,7 +65,9 @@ def main() -> None:
         lines, packed = pack(rows)
         (args.out / f"{package}.jsonl.xz").write_bytes(packed)
         size = sum(len(row["text"].encode()) for row in rows)
-        table.append(f"| {package} | {len(rows)} | {size:,} | `{hashlib.sha256(lines).hexdigest()}` | `{hashlib.sha256(packed).hexdigest()}` |")
+        table.append(
+            f"| {package} | {len(rows)} | {size:,} | `{hashlib.sha256(lines).hexdigest()}` | `{hashlib.sha256(packed).hexdigest()}` |"
+        )
     (args.out / "README.md").write_text(readme(table), encoding="utf-8")
     (args.out / "LICENSE.PSF.txt").write_bytes((stdlib / "LICENSE.txt").read_bytes())
 

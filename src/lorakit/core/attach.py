@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,12 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     Everything but the method's own parameters is frozen; they are fp32 (fp64 on an fp64 base) whatever the base's dtype. The same seed
     gives the same initial tensors on any device. Raises NoSuchSite, BadParameter or Incompatible before anything is changed.
     """
-    return Adapted(model, seed=seed).add(name, method)
+    adapted = Adapted(model, seed=seed)
+    try:
+        return adapted.add(name, method)
+    except BaseException:
+        adapted.detach()
+        raise
 
 
 class Adapted:
@@ -66,13 +71,13 @@ class Adapted:
         before = self.active
         method = what if isinstance(what, Method) else what.method()
         sites = _sites(self.model, method, what)
-        trained = self._unfreeze(method)
-        slots = self._slots(sites)
         try:
+            self.methods[name], self.unfrozen[name] = method, []
+            self.unfrozen[name] = self._unfreeze(method)
+            slots = self._slots(sites)
             for site in sites:
                 slot = slots[site.module]
                 slot.branches[_key(name, site)] = _branch(site, slot.base, method, self.seed if seed is None else seed, what)
-            self.methods[name], self.unfrozen[name] = method, trained
             if isinstance(what, Adapter):
                 self._fill(name, what)
         except BaseException:
@@ -122,9 +127,9 @@ class Adapted:
     def detach(self) -> nn.Module:
         """Remove everything: the same module objects with the same bits as before attach. Returns the model."""
         self.unmerge()
-        for name in list(self.methods):
-            self._forget(name)
+        self._forget(*self.methods)
         self._hook.remove()
+        _leave_context(self.model, self.cell)
         self.model.__dict__.pop("resize_token_embeddings", None)
         for p, required in self._required:
             p.requires_grad_(required)
@@ -147,7 +152,19 @@ class Adapted:
                 rows += [Param(f"{branch.site.name}.{a}", part, a, roles[a], branch.site) for a in sorted(part.trains)]
         for name in self.active:
             rows += [Param(UNFROZEN + u.name, u.module, u.attribute, "full", None) for u in self.unfrozen[name]]
-        return ParamTable(tuple(rows))
+        once = {id(row.tensor): row for row in reversed(rows)}  # tied weights trained together are one parameter
+        return ParamTable(tuple(row for row in rows if once[id(row.tensor)] is row))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Every tensor of one adapter as it is in the model now, keyed as in Adapter."""
+        found = {f"{b.site.name}.{k}": v for b in self.branches(name) for k, v in _tensors(b).items()}
+        return found | {UNFROZEN + u.name: u.trained.detach() for u in self.unfrozen[name]}
+
+    @torch.no_grad()
+    def load_tensors(self, name: str, values: Mapping[str, Tensor]) -> None:
+        """Copy values into an adapter's tensors; every one must be there."""
+        for key, tensor in self.tensors(name).items():
+            tensor.copy_(values[key])
 
     @contextmanager
     def given(self, *, step: int, seed: int | None = None) -> Iterator["Adapted"]:
@@ -201,12 +218,9 @@ class Adapted:
         method = self.methods[name]
         if method.recipe is None:
             raise NotExportable("this method was changed with .but() and has no recipe; register a function for it (lorakit new-method)")
-        branches = self.branches(name)
-        tensors = {f"{b.site.name}.{k}": v for b in branches for k, v in _tensors(b).items()}
-        tensors |= {UNFROZEN + u.name: u.trained.detach() for u in self.unfrozen[name]}
         meta = {"base": self.fingerprint.as_dict(), **self.meta}
-        copies = {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        return Adapter(method.recipe, tuple(b.site for b in branches), copies, meta)
+        copies = {k: v.to("cpu", copy=True).contiguous() for k, v in self.tensors(name).items()}
+        return Adapter(method.recipe, tuple(b.site for b in self.branches(name)), copies, meta)
 
     def save(self, folder: str | Path, name: str | None = None) -> Path:
         """Write the adapter to a folder, atomically. Never touches the network."""
@@ -238,26 +252,26 @@ class Adapted:
 
     def _fill(self, name: str, adapter: Adapter) -> None:
         """Copy a finished adapter's tensors in, after checking every one of them."""
-        targets: dict[str, Tensor] = {f"{b.site.name}.{k}": v for b in self.branches(name) for k, v in _tensors(b).items()}
-        targets |= {UNFROZEN + u.name: u.trained for u in self.unfrozen[name]}
-        adapter.check({k: v.shape for k, v in targets.items()}, f"method {adapter.recipe.name!r} on this model")
-        with torch.no_grad():
-            for key, tensor in targets.items():
-                tensor.copy_(adapter.tensors[key])
+        adapter.check({k: v.shape for k, v in self.tensors(name).items()}, f"method {adapter.recipe.name!r} on this model")
+        self.load_tensors(name, adapter.tensors)
         self.meta = {k: v for k, v in adapter.meta.items() if k != "base"}
 
-    def _forget(self, name: str) -> None:
-        self.active = tuple(n for n in self.active if n != name)
-        self.methods.pop(name, None)
-        for entry in self.unfrozen.pop(name, []):
-            entry.install(False)
-            stop_casting(entry.module)
+    def _forget(self, *names: str) -> None:
+        self.active = tuple(n for n in self.active if n not in names)
         for module in [m for m in self.model.modules() if isinstance(getattr(m, "lora", None), Slot)]:
             slot = module.lora
-            for key in [k for k in slot.branches if k.split("[")[0] == name]:  # type: ignore[union-attr]
+            for key in [k for k in slot.branches if k.split("[")[0] in names]:  # type: ignore[union-attr]
                 del slot.branches[key]  # type: ignore[union-attr]
             if not slot.branches:  # type: ignore[union-attr]
                 restore(module)
+        forgotten = [entry for name in names for entry in self.unfrozen.pop(name, [])]
+        needed = {id(entry.module) for rest in self.unfrozen.values() for entry in rest}
+        for entry in forgotten:  # after the slots: an adapted class may sit on a casting one
+            entry.install(False)
+            if id(entry.module) not in needed:
+                stop_casting(entry.module)
+        for name in names:
+            self.methods.pop(name, None)
 
     def _apply(self) -> None:
         self.model.requires_grad_(False)
@@ -308,7 +322,8 @@ class _Prepare:
         if model.training:
             if not self.cell.given:
                 self.cell.value = Ctx(torch.stack([torch.zeros((), dtype=torch.int64), torch.randint(2**31, ())]))
-            _carry_context(model, self.cell)
+            if not torch.compiler.is_compiling():
+                _carry_context(model, self.cell)
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> None:
@@ -326,6 +341,14 @@ def _carry_context(model: nn.Module, cell: Cell) -> None:
                 "use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
         module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **func.keywords, context_fn=cell.checkpoint_contexts)
+
+
+def _leave_context(model: nn.Module, cell: Cell) -> None:
+    for module in model.modules():
+        func = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(func, "keywords", {}).get("context_fn") == cell.checkpoint_contexts:
+            rest = {k: v for k, v in func.keywords.items() if k != "context_fn"}  # type: ignore[union-attr]
+            module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **rest)  # type: ignore[union-attr]
 
 
 def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Site]:
@@ -386,7 +409,11 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default", force: 
     other weights unless `force`."""
     from lorakit.adapters.io import load_adapter
 
-    adapter = load_adapter(folder, model=model)
+    return attach_adapter(model, load_adapter(folder, model=model), name=name, force=force)
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter, *, name: str = "default", force: bool = False) -> Adapted:
+    """Attach a finished adapter, after checking that the model is the base it was made for. Raises AdapterMismatch."""
     adapted = Adapted(model)
     try:
         check_base(adapter, adapted.fingerprint, force=force)

@@ -4,8 +4,6 @@
 Activation checkpointing recomputes under the forward's own value: two forwards before one backward would otherwise get the wrong masks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,19 +24,28 @@ class Cell:
     value: Ctx = field(default_factory=lambda: Ctx(torch.zeros(2, dtype=torch.int64)))
     given: bool = False
 
-    @contextmanager
-    def hold(self, value: Ctx) -> Iterator[None]:
-        """Set `value` for the duration of the block."""
-        before = (self.value, self.given)
-        self.value, self.given = value, True
-        try:
-            yield
-        finally:
-            self.value, self.given = before
+    def hold(self, value: Ctx) -> "Held":
+        """Set `value` for the duration of a block."""
+        return Held(self, value)
 
     def checkpoint_contexts(self) -> tuple[object, object]:
         """The pair that torch.utils.checkpoint's `context_fn` wants: nothing in forward, the forward's own Ctx in recomputation."""
         return _Nothing(), self.hold(self.value)
+
+
+class Held:
+    """A block under one Ctx. It can be entered again: a second backward through one graph recomputes a second time."""
+
+    def __init__(self, cell: Cell, value: Ctx) -> None:
+        self.cell, self.value = cell, value
+        self.before: list[tuple[Ctx, bool]] = []
+
+    def __enter__(self) -> None:
+        self.before.append((self.cell.value, self.cell.given))
+        self.cell.value, self.cell.given = self.value, True
+
+    def __exit__(self, *exc: object) -> None:
+        self.cell.value, self.cell.given = self.before.pop()
 
 
 class _Nothing:

@@ -28,7 +28,7 @@ class RowsOf:
         return self.base.matmul(x).index_select(-1, self.index)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
-        return self.base.matmul_t(torch.zeros(*dy.shape[:-1], self.base.shape[0], dtype=dy.dtype).index_copy(-1, self.index, dy))
+        return self.base.matmul_t(dy.new_zeros(*dy.shape[:-1], self.base.shape[0]).index_copy(-1, self.index, dy))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.base.dense(dtype)[self.index]
@@ -135,7 +135,7 @@ def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module) -> tuple[Any, ...]:  # the class has no importable name, so pickle by the plain one
         return _unpickled, (plain,), self.__dict__
 
-    body = {"forward": forward, "__reduce__": reduce, "plain_class": plain, "plain_forward": plain.forward, "__module__": plain.__module__}
+    body = {"forward": forward, "__reduce__": reduce, "plain_class": plain, "generated": True, "__module__": plain.__module__}
     return type(f"Adapted{plain.__name__}", (plain,), body)
 
 

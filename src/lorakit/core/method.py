@@ -23,7 +23,16 @@ from lorakit.core.errors import BadParameter, Incompatible, NoSuchMethod, did_yo
 from lorakit.core.events import ControllerSpec, Init, Penalty
 from lorakit.core.site import Site, Where
 
-SITES_HELP = "preset (all-linear, attention, mlp, qv, embedding), name or suffix, glob, re:regex, or a list of those"
+COMMON = {
+    "r": "rank of the update",
+    "alpha": "numerator of the scale s (core/scale.py)",
+    "dropout": "probability of dropping an entry of the delta's input in training",
+    "sites": "preset (all-linear, attention, mlp, qv, embedding), name or suffix, glob, re:regex, or a list of those",
+    "rank_pattern": "r at sites whose name ends in a match of the regex: {regex: r}",
+    "alpha_pattern": "alpha at sites whose name ends in a match of the regex: {regex: alpha}",
+    "unfreeze": "modules or parameters trained whole beside the deltas: name, suffix or glob",
+}
+"""What the parameters that methods share mean; a method's own are explained in its module's docstring."""
 
 
 @dataclass(frozen=True)

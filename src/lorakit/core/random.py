@@ -44,7 +44,7 @@ def dropout_mask(like: Tensor, key: Tensor, site: int, p: float) -> Tensor:
     gen = torch.Generator(device=like.device).manual_seed(mixed(seed, step, site))
     words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=gen)
     draws = words.view(torch.int16)[: like.numel()].view(like.shape)
-    dropped = round(p * STEPS)
+    dropped = min(round(p * STEPS), STEPS - 1)
     keep = draws >= dropped - STEPS // 2
     return keep.to(like.dtype).mul_(STEPS / (STEPS - dropped))
 
@@ -56,4 +56,4 @@ def _(like: Tensor, key: Tensor, site: int, p: float) -> Tensor:
 
 def dropout(x: Tensor, key: Tensor, site: int, p: float) -> Tensor:
     """Inverted dropout of x whose mask is a pure function of (seed, step, site)."""
-    return x * dropout_mask(x, key, site, p)
+    return x * dropout_mask(x.detach(), key, site, p)

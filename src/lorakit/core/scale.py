@@ -51,13 +51,18 @@ class Rank:
 
     def at(self, site: Site) -> tuple[int, float]:
         """(r, s) at a site. Raises BadParameter when r exceeds the matrix."""
-        r = _lookup(self.rank_pattern, site.name, self.r)
+        r, s = self.named(site.name)
         if r > min(site.d_in, site.d_out):
             raise BadParameter(
                 f"r={r} exceeds the matrix at site {site.name!r} ({site.d_out} × {site.d_in}); "
                 f"use r <= {min(site.d_in, site.d_out)}, or a rank_pattern entry for this site"
             )
-        return r, RULES[self.rule](r, _lookup(self.alpha_pattern, site.name, self.alpha))
+        return r, s
+
+    def named(self, name: str) -> tuple[int, float]:
+        """(r, s) at a site of this name, whatever its matrix."""
+        r = _lookup(self.rank_pattern, name, self.r)
+        return r, RULES[self.rule](r, _lookup(self.alpha_pattern, name, self.alpha))
 
 
 def _lookup(pattern: tuple[tuple[str, T], ...], name: str, default: T) -> T:

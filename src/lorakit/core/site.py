@@ -27,7 +27,7 @@ ROLES = {
     "up": ("up_proj", "wi_1", "wi", "c_fc", "dense_h_to_4h", "fc1", "lin1", "w3"),
     "down": ("down_proj", "wo_mlp", "dense_4h_to_h", "fc2", "lin2", "w2"),
     "gate_up": ("gate_up_proj",),
-    "head": ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "decoder"),
+    "head": ("lm_head", "embed_out", "score", "classifier", "qa_outputs"),
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 ATTENTION = ("q", "k", "v", "o", "qkv")
@@ -62,16 +62,21 @@ class Site:
 Where = str | Sequence[str] | Callable[[Site], bool]
 
 
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class beneath those that this project generates (core/layer.py, core/unfreeze.py)."""
+    return next(c for c in type(module).__mro__ if "generated" not in vars(c))
+
+
 def supported(module: nn.Module) -> Kind | None:
     """The site kind of a module whose forward is the plain one; subclasses with their own forward are left alone."""
-    forward = getattr(type(module), "plain_forward", type(module).forward)
+    forward = plain_type(module).forward
     if forward is nn.Linear.forward or _is_conv1d(module):
         return "linear"
     return "embedding" if forward is nn.Embedding.forward else None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    kind = getattr(type(module), "plain_class", type(module))
+    kind = plain_type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
@@ -149,6 +154,8 @@ def _layer(name: str) -> int | None:
 def _role(name: str) -> str:
     parts = name.split(".")
     last = parts[-1]
+    if any(ROLE_OF.get(part) == "head" for part in parts):  # RoBERTa's head has layers of its own: classifier.dense
+        return "head"
     if last == "c_proj":
         return "o" if "attn" in parts else "down"
     if last == "wo" and "DenseReluDense" in parts:

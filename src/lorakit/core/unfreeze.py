@@ -1,7 +1,7 @@
 """Whole modules trained beside the deltas (a classifier head, norms, biases, everything).
 
 The trained parameters are new objects in the modules' places; the originals are kept, so that switching, disabling and detaching are exact, and a weight
-tied to another module's is untied by being trained. Parameters of a lower precision train in fp32 and are cast inside forward.
+tied to one that stays frozen is untied by being trained. Parameters of a lower precision train in fp32 and are cast inside forward.
 """
 
 import fnmatch
@@ -40,6 +40,7 @@ def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[Unfrozen]:
         if ".lora." not in f".{path}." and p is not None
     ]
     found: dict[str, Unfrozen] = {}
+    clones: dict[int, nn.Parameter] = {}  # weights that are tied and both trained stay tied
     for pattern in patterns:
         hits = [place for place in places if _hits(pattern, place[0], place[1])]
         if not hits:
@@ -47,11 +48,12 @@ def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[Unfrozen]:
             raise NoSuchSite(f"unfreeze entry {pattern!r} matches no module with parameters. {did_you_mean(pattern, names)}")
         for full, _, module, name in hits:
             original = getattr(module, name)
-            found.setdefault(full, Unfrozen(full, module, name, original, _trained(original)))
+            trained = clones.setdefault(id(original), _trained(original))
+            found.setdefault(full, Unfrozen(full, module, name, original, trained))
     for entry in found.values():
         wide = entry.trained.dtype
         if entry.original.dtype != wide:
-            cast_inside(entry.module)
+            cast_inside(entry.module, entry.original.dtype)
     return list(found.values())
 
 
@@ -64,10 +66,10 @@ def _trained(original: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(original.detach().to(torch.promote_types(original.dtype, torch.float32), copy=True))
 
 
-def cast_inside(module: nn.Module) -> None:
-    """Swap the class so that forward sees the parameters in the input's dtype."""
+def cast_inside(module: nn.Module, stored: torch.dtype) -> None:
+    """Swap the class so that forward sees the parameters in the input's dtype (for ids: in the dtype they were stored in)."""
     if not hasattr(type(module), "casting"):
-        module.__class__ = _casting_class(type(module))
+        module.__class__ = _casting_class(type(module), stored)
 
 
 def stop_casting(module: nn.Module) -> None:
@@ -78,9 +80,9 @@ def stop_casting(module: nn.Module) -> None:
 
 
 @functools.cache
-def _casting_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _casting_class(plain: type[nn.Module], stored: torch.dtype) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        dtype = x.dtype if x.is_floating_point() else stored
         names = [n for n, _ in self.named_parameters(recurse=False)]
         for name in names:  # an instance attribute shadows the registered parameter of the same name
             self.__dict__[name] = self._parameters[name].to(dtype)  # type: ignore[union-attr]
@@ -91,11 +93,11 @@ def _casting_class(plain: type[nn.Module]) -> type[nn.Module]:
                 del self.__dict__[name]
 
     def reduce(self: nn.Module) -> tuple[Any, ...]:
-        return _unpickled, (plain,), self.__dict__
+        return _unpickled, (plain, stored), self.__dict__
 
-    return type(f"Casting{plain.__name__}", (plain,), {"forward": forward, "casting": plain, "__reduce__": reduce})
+    return type(f"Casting{plain.__name__}", (plain,), {"forward": forward, "casting": plain, "generated": True, "__reduce__": reduce})
 
 
-def _unpickled(plain: type[nn.Module]) -> nn.Module:
-    cls = _casting_class(plain)
+def _unpickled(plain: type[nn.Module], stored: torch.dtype) -> nn.Module:
+    cls = _casting_class(plain, stored)
     return cls.__new__(cls)

@@ -60,24 +60,29 @@ def _template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> str:
     except ValueError:
         named = sorted(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else []
         options = f"the name of one of its templates ({', '.join(named)})" if named else "a Jinja template"
-        raise DataError(f"the tokenizer has no default chat template; pass chat_template={options}, or use text or prompt/completion rows") from None
+        raise DataError(
+            f"the tokenizer has no default chat template; pass chat_template={options}, or use text or prompt/completion rows"
+        ) from None
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, prompt: bool = False) -> str:
     return _rendered(tokenizer, template, messages, marked=False, prompt=prompt)[0]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, marked: bool, prompt: bool = False) -> tuple[str, list[Span]]:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, marked: bool, prompt: bool = False
+) -> tuple[str, list[Span]]:
     """The text, and the spans of its {% generation %} blocks if `marked`."""
+    render: Any = render_jinja_template  # its annotation says str; it returns (texts, spans)
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = render(
             conversations=[list(messages)], chat_template=template, return_assistant_tokens_mask=marked, add_generation_prompt=prompt,
             **tokenizer.special_tokens_map,
         )  # fmt: skip
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(f"the chat template refuses a conversation with the roles {roles or '(none)'}: {error}") from None
-    return texts[0], [tuple(span) for span in spans[0]] if marked else []
+    return texts[0], [(start, end) for start, end in spans[0]] if marked else []
 
 
 def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]) -> tuple[str, list[Span]]:
@@ -116,9 +121,9 @@ def _rewrites(i: int, before: str, through: str, text: str) -> str:
     whole, part = (through, before) if not through.startswith(before) else (text, through)
     at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
     return (
-        f"the chat template renders message {i + 1} differently once more follows: {part[at : at + 30]!r} becomes {whole[at : at + 30]!r}, so the "
-        "assistant's tokens cannot be told apart; pass a chat_template with {% generation %} blocks, or train_on='all', or end each conversation "
-        "at its first assistant turn"
+        f"the template does not continue what it rendered up to message {i + 1}: {part[at : at + 30]!r} becomes {whole[at : at + 30]!r}, "
+        "so the assistant's tokens cannot be told apart; pass a chat_template with {% generation %} blocks, or train_on='all', or end each "
+        "conversation at its first assistant turn"
     )
 
 
@@ -159,5 +164,7 @@ def _trained_by_prefix(tokenizer: PreTrainedTokenizerBase, text: str, spans: lis
 def _prefix_length(tokenizer: PreTrainedTokenizerBase, prefix: str, ids: list[int]) -> int:
     head = list(_tokenize(tokenizer, prefix)["input_ids"])
     if ids[: len(head)] != head:
-        raise DataError("the tokenizer joins a turn's last characters with the next turn's and reports no offsets; load its fast version (use_fast=True)")
+        raise DataError(
+            "the tokenizer joins the end of a turn with what follows and reports no offsets; load its fast version (use_fast=True)"
+        )
     return len(head)

@@ -35,10 +35,13 @@ class PlantedTeacher:
     def loss(self, delta: Tensor) -> Tensor:
         """The squared error of the student W + delta, summed over outputs and averaged over rows: what `floors` bounds."""
         residual = self.targets - self.inputs @ (self.weight + delta).T  # [n, d_out]
-        return residual.square().sum(1).mean()
+        loss: Tensor = residual.square().sum(1).mean()
+        return loss
 
 
-def planted_teacher(d_in: int, d_out: int, rank: int, n: int, *, seed: int, noise: float = 0.0, dtype: torch.dtype = torch.float64) -> PlantedTeacher:
+def planted_teacher(
+    d_in: int, d_out: int, rank: int, n: int, *, seed: int, noise: float = 0.0, dtype: torch.dtype = torch.float64
+) -> PlantedTeacher:
     """A linear teacher whose update has exactly `rank`; XᵀX = n·I holds exactly, so it needs n >= d_in.
 
     `floors[r]` is the least loss that any student of rank at most r reaches on these very rows; without noise it is 0 from `rank` on.
@@ -64,7 +67,8 @@ def _floors(inputs: Tensor, change: Tensor) -> Tensor:
 
 
 def _orthonormal(rows: int, columns: int, draw: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(rows, columns, generator=draw, dtype=torch.float64)).Q
+    q: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=draw, dtype=torch.float64)).Q
+    return q
 
 
 def _check_sizes(d_in: int, d_out: int, rank: int, n: int) -> None:

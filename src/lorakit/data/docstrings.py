@@ -3,6 +3,7 @@
 import ast
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from typing import NamedTuple
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
@@ -40,5 +41,6 @@ def _signature(node: ast.AST) -> str | None:
     """`def name(args) -> result:` on one line, with neither decorators nor body."""
     if not isinstance(node, Definition):
         return None
-    bare = type(node)(name=node.name, args=node.args, returns=node.returns, body=[ast.Pass()], decorator_list=[], type_params=[], lineno=0)
+    bare = copy(node)
+    bare.body, bare.decorator_list = [ast.Pass()], []
     return ast.unparse(bare).split("\n", 1)[0]

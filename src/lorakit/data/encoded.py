@@ -34,7 +34,10 @@ class Labeled:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """The whole text as the tokenizer starts it (a BOS where it has one), then EOS; every token is trained on."""
+    """The whole text as the tokenizer starts it (a BOS where it has one), then EOS; every token is trained on.
+
+    A special token that the text spells out is read as that token, so texts that hold a finished template work.
+    """
     ids = _ids(tokenizer, text, special=True)
     if ids[-1:] != [eos_id(tokenizer)]:
         ids = [*ids, eos_id(tokenizer)]

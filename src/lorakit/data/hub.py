@@ -37,4 +37,6 @@ def _load(name: str) -> Any:
         return datasets.load_dataset(path, configuration or None)
     except Exception as error:  # the library raises many kinds; one line names the cause
         cause = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise DataError(f"hf:{name} could not be loaded ({type(error).__name__}: {cause}); check the name, the configuration and the network") from error
+        raise DataError(
+            f"hf:{name} could not be loaded ({type(error).__name__}: {cause}); check the name, the configuration and the network"
+        ) from error

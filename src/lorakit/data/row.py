@@ -45,7 +45,9 @@ def check_rows(rows: Iterable[tuple[str, Row]]) -> list[Row]:
         shape = shape or shape_of(row, where=where)
         missing = [key for key in KEYS[shape] if key not in row]
         if missing or (shape == "text" and "label" in row):
-            raise DataError(f"{where} has the keys {_names(row)}, but the first row makes this {shape} data: expected {_braces(KEYS[shape])}")
+            raise DataError(
+                f"{where} has the keys {_names(row)}, but the first row makes this {shape} data: expected {_braces(KEYS[shape])}"
+            )
         _check_values(row, shape, where)
         checked.append(row)
     return checked

@@ -58,7 +58,9 @@ class Batches(Iterator[list[int]]):
         """Continue from a saved position; CheckpointError if the data or the seed is another."""
         for key, mine in (("n_items", self.n_items), ("seed", self.seed)):
             if state[key] != mine:
-                raise CheckpointError(f"the data order was saved with {key}={state[key]} but this run has {key}={mine}; resume with the same data and seed")
+                raise CheckpointError(
+                    f"the data order was saved with {key}={state[key]} but this run has {key}={mine}; resume with the same data and seed"
+                )
         self.position = int(state["position"])
 
 

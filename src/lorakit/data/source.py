@@ -1,10 +1,10 @@
 """A source: the one string a user writes for data, and the rows of its train or validation side.
 
-    data.jsonl           JSON Lines in one of the four shapes of `row`
-    notes.txt            one text file; its last part is the validation side
-    docs/                a folder of text files, recursively (suffixes: see `textfile`)
-    builtin:asyncio/code a built-in task (see `builtin`)
-    hf:name[:config]     a Hugging Face dataset, the only kind that may use the network
+data.jsonl           JSON Lines in one of the four shapes of `row`
+notes.txt            one text file; its last part is the validation side
+docs/                a folder of text files, recursively (suffixes: see `textfile`)
+builtin:asyncio/code a built-in task (see `builtin`)
+hf:name[:config]     a Hugging Face dataset, the only kind that may use the network
 """
 
 import difflib
@@ -83,10 +83,9 @@ def _cut(text: str, split: Split, fraction: float, path: Path) -> Row:
     """A lone file has no rows to divide: its last lines, about `fraction` of its characters, are the validation side."""
     check_fraction(fraction)
     goal = int(len(text) * (1 - fraction))
-    body = len(text.rstrip())  # a cut after it would leave nothing to validate on
-    after = text.find("\n", max(goal - 1, 0), body) + 1
-    at = after or text.rfind("\n", 0, body) + 1
-    if not text[:at].strip():
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())  # text on both sides of the cut
+    at = (text.find("\n", max(goal - 1, first), last) + 1) or (text.rfind("\n", first, last) + 1)
+    if not at:
         raise DataError(f"{path} is a single line, too short to split; name a validation file")
     return {"text": text[at:] if split == "valid" else text[:at]}
 

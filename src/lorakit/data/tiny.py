@@ -26,13 +26,31 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {**_SHAPE, "initializer_range": 0.15}),
     "gpt2": (
         "GPT2",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "initializer_range": 0.15,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
     ),
     "bert": ("Bert", _BERT),
     "roberta": ("Roberta", _BERT),
     "t5": (
         "T5",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "tie_word_embeddings": True,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
     ),
 }
 _HEADS: dict[str, dict[str, str]] = {
@@ -51,7 +69,7 @@ def tiny_model(arch: str, *, task: Task = "causal-lm", seed: int = 0, tied: bool
     Args:
         arch: one of `ARCHITECTURES`. Under "causal-lm", t5 is its encoder-decoder with the language-model head.
         task: the head; "masked-lm" exists for bert and roberta only.
-        tied: whether the output embedding is the input embedding (only where there is a language-model head).
+        tied: whether the output embedding is the input embedding (only where there is a language-model head); t5 always is.
         overrides: entries of the architecture's configuration, for example `num_labels=5` or `sliding_window=6`.
 
     No bias is left at zero and no norm at one: a test that forgets one of them must see it.
@@ -63,14 +81,15 @@ def tiny_model(arch: str, *, task: Task = "causal-lm", seed: int = 0, tied: bool
         torch.manual_seed(seed)
         model: transformers.PreTrainedModel = cls(config)
         _shake_vectors(model)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _config(arch: str, task: Task, *, tied: bool, overrides: dict[str, Any]) -> transformers.PreTrainedConfig:
     if arch not in _CONFIGS:
         raise DataError(f"no tiny model is called {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
     family, shape = _CONFIGS[arch]
-    settings = {**_COMMON, **shape, "tie_word_embeddings": tied}
+    settings = {**_COMMON, "tie_word_embeddings": tied, **shape}
     if task == "sequence-classification":
         settings["num_labels"] = 3
     if task == "causal-lm" and arch in ("bert", "roberta"):
@@ -112,16 +131,18 @@ def tiny_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> transformers
     Ids: 0 pad, 1 eos, 2 bos, 3 unk, 4 mask, then the chat roles. The template marks assistant text with `{% generation %}`;
     pass another template, or None for a tokenizer that has none.
     """
-    return transformers.PreTrainedTokenizerFast(
+    build: Any = transformers.PreTrainedTokenizerFast  # untyped in Transformers
+    tokenizer: transformers.PreTrainedTokenizerFast = build(
         tokenizer_object=_byte_level_bpe(), pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>", mask_token="<mask>",
         extra_special_tokens=list(_SPECIAL[5:]), chat_template=chat_template, clean_up_tokenization_spaces=False, model_max_length=256,
     )  # fmt: skip
+    return tokenizer
 
 
 def _byte_level_bpe() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    pairs = [tuple(pair.split(" ")) for pair in _MERGES.split(",")]
+    pairs = [(left, right) for left, right in (pair.split(" ") for pair in _MERGES.split(","))]
     ascii_bytes = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ", "č", "ĉ"]  # space, newline, return, tab
     rest = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(ascii_bytes))
     entries = [*_SPECIAL, *ascii_bytes, *(a + b for a, b in pairs)]

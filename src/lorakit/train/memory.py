@@ -22,6 +22,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import re
@@ -84,7 +85,8 @@ class MemoryEstimate:
 
     def table(self) -> Table:
         """The rows as a table in GB (10⁹ bytes) and GiB (2³⁰ bytes)."""
-        table = Table("row", "GB", "GiB", "bytes", title="one training step")
+        caption = "total: the larger of activations and step, and all of the rest"
+        table = Table("row", "GB", "GiB", "bytes", title="one training step", caption=caption)
         for column in table.columns[1:]:
             column.justify = "right"
         for name, value in self.as_dict().items():
@@ -119,12 +121,12 @@ _ADVICE = {
 
 def parse_bytes(text: str) -> int:
     """`24GB` is 24·10⁹ bytes, `24GiB` is 24·2³⁰; also MB, MiB, TB, TiB and plain bytes."""
-    found = re.fullmatch(r"\s*([\d_.]+)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
     if not found:
         raise BadParameter(f"{text!r} is not a number of bytes; write for example 24GB or 22.5GiB")
     number, prefix, binary = found.groups()
-    exponent = " kmgt".index((prefix or " ").lower())
-    return round(float(number) * (1024 if binary else 1000) ** exponent)
+    unit = 1024.0 if binary else 1000.0
+    return round(float(number) * unit ** " kmgt".index((prefix or " ").lower()))
 
 
 def _gb(n: int) -> str:
@@ -134,8 +136,8 @@ def _gb(n: int) -> str:
 # ---------------------------------------------------------------------------------------------- weights, gradients, optimizer
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind these tensors, each storage once."""
-    storages = (t.untyped_storage() for t in tensors)
-    return sum({s._cdata: s.nbytes() for s in storages}.values())
+    sizes: dict[int, int] = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(sizes.values())
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -243,10 +245,10 @@ def estimate(
         device: where the step will run; None for where the model is, or the CPU for a model on `meta`.
     """
     with _trace(model, batch, checkpointing, device) as (twin, inputs, ledger):
-        params = [p for p in twin.parameters() if p.requires_grad]
+        params = _trainable(twin)
         with _settled(params, ledger.settle), ledger:
             (loss or _default_loss)(twin, inputs).backward()
-        _require_gradients(model, params)
+        _check_reached(model, params)
         grads = [p.grad for p in params if p.grad is not None]
         activations = ledger.peak
         state, step = _trace_step(optimizer, params, ledger)
@@ -311,10 +313,12 @@ def _input(t: Tensor, fake: FakeTensorMode, device: torch.device) -> Tensor:
 
 def _device(model: nn.Module, wanted: torch.device | str | None) -> torch.device:
     own = next(model.parameters()).device
-    device = torch.device(wanted) if wanted is not None else torch.device("cpu") if own.type == "meta" else own
-    # A CUDA tensor without values aborts the process in a build without CUDA, so it is refused here.
-    if device.type not in ("cpu", own.type) and device.type != getattr(torch.accelerator.current_accelerator(), "type", None):
-        raise BadParameter(f"device={str(device)!r} is not on this machine; trace on 'cpu' instead: its attention kernels save the same tensors")
+    if wanted is None:
+        return torch.device("cpu") if own.type == "meta" else own
+    device, accelerator = torch.device(wanted), torch.accelerator.current_accelerator()
+    # In a build without CUDA even a CUDA tensor without values aborts the whole process, so it is refused here.
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise BadParameter(f"device={str(device)!r} is not on this machine; device='cpu' gives nearly the same rows")
     return device
 
 
@@ -326,22 +330,31 @@ def _enable_checkpointing(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise Incompatible(f"checkpointing=True needs a Transformers model, not {type(model).__name__}; checkpoint inside its forward instead")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        raise Incompatible(f"checkpointing=True needs a Transformers model, not {type(model).__name__}; checkpoint in its forward instead")
+    # Transformers 5 renamed the method on the way; the old name warns
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
-def _require_gradients(model: nn.Module, params: list[nn.Parameter]) -> None:
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise BadParameter("nothing is trainable: every parameter has requires_grad=False; attach a method, or unfreeze something")
+    return params
+
+
+def _check_reached(model: nn.Module, params: list[nn.Parameter]) -> None:
+    """A loss that calls the user's own model leaves the twin without gradients, and the model with ones that have no values."""
     for p in model.parameters():
-        if isinstance(p.grad, FakeTensor) and not isinstance(p, FakeTensor):
-            p.grad = None
+        p.grad = None if isinstance(p.grad, FakeTensor) else p.grad
     if all(p.grad is None for p in params):
-        raise BadParameter("no trainable parameter received a gradient; is anything trainable, and does loss use the model it is given?")
+        raise BadParameter("no trainable parameter received a gradient: loss must use the model it is given, not one of its own")
 
 
 @contextlib.contextmanager
 def _settled(params: list[nn.Parameter], settle: Callable[[Tensor], None]) -> Iterator[None]:
     """Each gradient moves to its own row the moment it lands in `.grad`."""
-    handles = [p.register_post_accumulate_grad_hook(lambda p: settle(p.grad)) for p in params]  # type: ignore[arg-type]
+    handles = [p.register_post_accumulate_grad_hook(lambda p: settle(p.grad)) for p in params]
     try:
         yield
     finally:
@@ -395,7 +408,9 @@ class _Ledger(TorchDispatchMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             if any(isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
-                return func(*tree_map(_as_positions, args), **kwargs) if func in _INDEXED else func(*args, **kwargs)
+                if func in _INDEXED:
+                    args = (args[0], _positions(args[1]), *args[2:])
+                return func(*args, **kwargs)
             return self.small(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as e:
             if self.unread is not None and func is torch.ops.aten._local_scalar_dense.default:
@@ -439,10 +454,125 @@ class _Ledger(TorchDispatchMode):
 _INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 
 
-def _as_positions(arg: Any) -> Any:
-    """A real Boolean mask as the positions that it selects: their number is then a shape."""
-    real_mask = isinstance(arg, Tensor) and arg.dtype == torch.bool and not isinstance(arg, FakeTensor)
-    return arg.nonzero().unbind(1)[0] if real_mask and arg.ndim == 1 else arg
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The indices with each real Boolean mask replaced by the positions that it selects: how many is then a matter of shapes."""
+    out: list[Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        out += index.nonzero().unbind(1) if is_mask and index is not None else [index]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------------- measure
+def measure(
+    model: nn.Module, batch: Batch, *, optimizer: str | Factory, loss: Loss | None = None, checkpointing: bool = False
+) -> MemoryEstimate:
+    """The rows of `estimate` from real steps in a fresh process, on the model's own device; arguments as there.
+
+    On CUDA the peak is `torch.cuda.max_memory_allocated`'s, on the CPU the running sum of torch's allocator events; `resident` is the rise
+    of the process's resident set at its highest (Linux and CPU only). The model goes to the child by pickle: `loss` and a factory must be
+    importable there, so no lambdas.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job.pt"), Path(folder, "rows.json")
+        torch.save((model, dict(batch), optimizer, loss, checkpointing), job)
+        # Large blocks straight from the system and back to it: else freed memory stays resident and hides the next peak.
+        env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        code = "import sys; from lorakit.train.memory import _measure_file; _measure_file(*sys.argv[1:])"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(job), str(result)], env={**os.environ, **env}, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the measuring process ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        return MemoryEstimate(**json.loads(result.read_text()))
+
+
+def _measure_file(job: str, result: str) -> None:
+    """The child's whole work."""
+    model, batch, optimizer, loss, checkpointing = torch.load(job, weights_only=False)
+    if checkpointing:
+        _enable_checkpointing(model)
+    rows = _measure_here(model.train(), batch, optimizer, loss or _default_loss)
+    Path(result).write_text(json.dumps(dataclasses.asdict(rows)))
+
+
+def _measure_here(model: nn.Module, batch: Batch, optimizer: str | Factory, loss: Loss) -> MemoryEstimate:
+    params = _trainable(model)
+    device = params[0].device
+
+    def backward() -> None:
+        loss(model, batch).backward()
+
+    backward()  # gradients appear, and with the first step the state: from here on only the peaks are new
+    params = [p for p in params if p.grad is not None]
+    built = _build(optimizer, params)
+    _step(built)
+    for o in built:
+        o.zero_grad(set_to_none=False)
+    resident = _resident_rise(backward) if device.type == "cpu" else None
+    peak = _PEAKS[device.type]
+    activations, step = peak(backward), peak(lambda: _step(built))
+    grads = storage_bytes([p.grad for p in params if p.grad is not None])
+    return MemoryEstimate(weight_bytes(model), activations, grads, storage_bytes(_state_tensors(built)), step, resident)
+
+
+def _cpu_peak(work: Callable[[], None]) -> int:
+    """The highest sum of torch's CPU allocations minus frees while `work` runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        work()
+    events: Any = run.profiler.kineto_results.events()  # run.events() gives calls, whose sums hide the peak inside a call
+    sizes: list[int] = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def _cuda_peak(work: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+_PEAKS = {"cpu": _cpu_peak, "cuda": _cuda_peak}
+
+
+def _resident_rise(work: Callable[[], None]) -> int | None:
+    """By how much the process's resident set rose at its highest; None where the system does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+        before = _status("VmRSS")
+        work()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    """One entry of Linux's /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def used_bytes() -> int:
+    """What the run needs: the peak of CUDA allocations once CUDA is in use, else the process's resident memory."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else resident_bytes()
+
+
+def resident_bytes() -> int:
+    """What this process holds now: resident memory on Linux, its highest so far elsewhere, 0 where the system does not tell."""
+    try:
+        return _status("VmRSS")
+    except OSError:
+        return _highest_resident()
+
+
+def _highest_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -26,13 +26,15 @@ def normal(like: Tensor, std: float, rng: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Kaiming:
-    """A ~ U(±1/√d_in), B = 0 (loralib, PEFT); for an embedding A = 0, B ~ N(0, 1), as both do there."""
+    """A ~ U(±1/√d_in), B = 0 (loralib, PEFT); at an embedding A = 0, B ~ N(0, 1), as both do there, or the reverse where only B learns."""
 
+    embedding: Literal["A", "B"] = "B"
     requires: frozenset[str] = frozenset({"factors"})
 
     def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
         if site.kind == "embedding":
-            set_(delta.B, normal(delta.B, 1.0, rng))  # type: ignore[arg-type]
+            drawn: Tensor = getattr(delta, self.embedding)
+            set_(drawn, normal(drawn, 1.0, rng))
         else:
             bound = 1 / math.sqrt(site.d_in)
             set_(delta.A, torch.empty(delta.A.shape).uniform_(-bound, bound, generator=rng))  # type: ignore[arg-type, call-overload]

@@ -1,0 +1,99 @@
+"""lorakit's own format, and the one door for loading either format.
+
+    adapter.safetensors   every tensor under its own name, "<site>.<tensor>" or "unfrozen.<parameter>"; metadata {"format": "pt"}
+    adapter.json          format version, recipe, sites, meta (see record.py)
+
+Saving, loading and saving again gives the same bytes. A folder is replaced as a whole (see folder.py). Nothing here touches the network.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorakit.adapters.folder import locate, write_files
+from lorakit.adapters.peft_config import CONFIG
+from lorakit.adapters.record import read_bounded, read_record, recipe_in, record_of, to_json
+from lorakit.adapters.weights import PICKLES, pack, refusal, unpack
+from lorakit.core.adapter import UNFROZEN, Adapter
+from lorakit.core.combine import AddSpec
+from lorakit.core.errors import AdapterMismatch, CheckpointError, did_you_mean
+
+RECORD = "adapter.json"
+WEIGHTS = "adapter.safetensors"
+
+
+def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
+    """Write an adapter to a folder. Raises CheckpointError; a save that fails or is killed leaves the folder's last good adapter."""
+    if locate(folder, CONFIG) is not None:
+        raise CheckpointError(f"{folder} holds an adapter in PEFT's format; save to another folder")
+    return write_files(folder, {WEIGHTS: pack(adapter.tensors), RECORD: to_json(record_of(adapter))})
+
+
+def load_adapter(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
+    """Read an adapter from a folder of lorakit's or PEFT's format; the latter needs the model it is for.
+
+    Raises CheckpointError for files that cannot be read, AdapterMismatch for tensors that do not fit their own recipe.
+    """
+    folder = Path(folder)
+    if locate(folder, RECORD) is not None:
+        return _own(folder)
+    if locate(folder, CONFIG) is not None:
+        from lorakit.adapters.peft_read import from_peft
+
+        return from_peft(folder, model=model)
+    raise CheckpointError(_nothing(folder))
+
+
+def check(adapter: Adapter) -> Adapter:
+    """The adapter itself, when its tensors are exactly those of its recipe and sites: none missing, extra, misshaped or not finite.
+
+    What a rescaling method keeps beside its delta depends on the base and is checked when the adapter is attached.
+    """
+    method = adapter.method()
+    expected: dict[str, torch.Size] = {}
+    for site in adapter.sites:
+        delta = method.delta.build(site, dtype=torch.float32, device=torch.device("meta")) if method.delta else nn.Identity()
+        expected |= {f"{site.name}.{k}": v.shape for k, v in delta.state_dict().items()}
+        if not isinstance(method.combine, AddSpec):
+            expected |= {f"{site.name}.{k}": v.shape for k, v in adapter.of(site).items() if f"{site.name}.{k}" not in expected}
+    expected |= {k: v.shape for k, v in adapter.tensors.items() if k.startswith(UNFROZEN)}
+    adapter.check(expected, f"its own recipe {adapter.recipe.name!r}")
+    for name in expected:
+        if not adapter.tensors[name].is_floating_point():
+            raise AdapterMismatch(f"tensor {name} holds {adapter.tensors[name].dtype}; expected floating-point numbers")
+    return adapter
+
+
+def read_weights(path: Path | None, folder: Path, name: str) -> bytes:
+    """The bytes of a folder's weights file."""
+    if path is None:
+        pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+        raise CheckpointError(refusal(pickles[0]) if pickles else f"{folder} has no {name}; it was not copied whole, or its save was cut off")
+    return path.read_bytes()
+
+
+def _own(folder: Path) -> Adapter:
+    path = locate(folder, RECORD)
+    assert path is not None
+    record = read_record(read_bounded(path), path)
+    weights = locate(folder, WEIGHTS)
+    tensors = unpack(read_weights(weights, folder, WEIGHTS), weights or folder)
+    return check(Adapter(recipe_in(record, path), tuple(s.site() for s in record.sites), tensors, record.meta))
+
+
+def _nothing(folder: Path) -> str:
+    """Why there is no adapter at a path."""
+    if folder.suffix in PICKLES and folder.is_file():
+        return refusal(folder)
+    if folder.is_file():
+        return f"{folder} is a file; give the folder that holds it"
+    if not folder.is_dir():
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        return f"there is no folder {folder}. {did_you_mean(folder.name, beside)}".rstrip()
+    pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+    if pickles:
+        return refusal(pickles[0])
+    inside = [p.parent.name for name in (RECORD, CONFIG) for p in sorted(folder.glob(f"*/{name}"))]
+    hint = f"; there is one in {folder / inside[0]}" if inside else ""
+    return f"{folder} holds no adapter: no {RECORD} (lorakit) and no {CONFIG} (PEFT){hint}"

@@ -1,0 +1,72 @@
+"""Ranks and scales between the two formats: both say (r, alpha, a rule, patterns), and both must mean the same (r, s) at every module.
+
+PEFT asks the patterns in the order of the file, lorakit in sorted order; PEFT writes sorted, but a file may have been edited.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lorakit.core.scale import Rank
+
+Wanted = Mapping[str, tuple[int, float]]
+"""(r, s) by module name."""
+
+RULES = {False: "linear", True: "sqrt"}
+"""By `use_rslora`."""
+
+
+def rank_in(config: Mapping[str, Any]) -> Rank:
+    """What a LORA configuration says, its patterns in the file's order."""
+    ranks, alphas = (tuple((config[key] or {}).items()) for key in ("rank_pattern", "alpha_pattern"))
+    return Rank(config["r"], config["lora_alpha"], RULES[config["use_rslora"]], ranks, alphas)
+
+
+def expressed(preferred: Rank | None, wanted: Wanted) -> Rank:
+    """A rule that gives every module exactly its (r, s): the preferred one, less its idle patterns, or else one made of names."""
+    if preferred is not None and preferred.rule in RULES.values():
+        kept = Rank.of(
+            preferred.r, preferred.alpha, rule=preferred.rule,
+            rank_pattern=_busy(preferred.rank_pattern, wanted), alpha_pattern=_busy(preferred.alpha_pattern, wanted),
+        )  # fmt: skip
+        if all(kept.named(name) == value for name, value in wanted.items()):
+            return kept
+    return _by_name(wanted)
+
+
+def _busy(pattern: tuple[tuple[str, Any], ...], wanted: Wanted) -> dict[str, Any]:
+    """The entries that match some module: PEFT warns of the others."""
+    return {key: value for key, value in pattern if any(re.match(rf"(.*\.)?({key})$", name) for name in wanted)}
+
+
+def _by_name(wanted: Wanted) -> Rank:
+    r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
+    alphas = {name: s * r for name, (r, s) in wanted.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return Rank.of(
+        r, alpha,
+        rank_pattern={_exactly(name): r_ for name, (r_, _) in wanted.items() if r_ != r},
+        alpha_pattern={_exactly(name): a for name, a in alphas.items() if a != alpha},
+    )  # fmt: skip
+
+
+def _exactly(name: str) -> str:
+    """A pattern for this name and no other."""
+    return "^" + re.escape(name)
+
+
+def config_of(rank: Rank) -> dict[str, Any]:
+    """The fields that say a rule."""
+    return {
+        "r": rank.r,
+        "lora_alpha": number(rank.alpha),
+        "use_rslora": rank.rule == "sqrt",
+        "rank_pattern": dict(rank.rank_pattern),
+        "alpha_pattern": {key: number(alpha) for key, alpha in rank.alpha_pattern},
+    }
+
+
+def number(x: float) -> int | float:
+    """16.0 as 16, as PEFT's users write it."""
+    return int(x) if float(x).is_integer() else x

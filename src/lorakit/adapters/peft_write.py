@@ -1,0 +1,230 @@
+"""An adapter written as a folder that PEFT loads: adapter_config.json, adapter_model.safetensors, and lorakit.json beside them.
+
+lorakit.json says what the adapter was: with it the folder reads back as the very same adapter, recipe included. It names the two other files by their
+digests, so that a folder that PEFT has saved over since is read as what it is now. Nothing here touches the network.
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.adapters.folder import locate, write_files
+from lorakit.adapters.peft_config import CONFIG, DEFAULTS, DETERMINED, HARMLESS, check_config
+from lorakit.adapters.peft_form import Form, form_of
+from lorakit.adapters.peft_names import CONV1D, HEADS, PREFIX, VOCABULARY, key_of, matches_entry, module_names, saved_module, selected, targets
+from lorakit.adapters.peft_rank import config_of, expressed, number
+from lorakit.adapters.record import record_of, to_json
+from lorakit.adapters.weights import floats, pack
+from lorakit.core.adapter import Adapter
+from lorakit.core.base import Transposed, base_of
+from lorakit.core.errors import AdapterMismatch, CheckpointError, NotExportable, did_you_mean
+from lorakit.core.lowrank import LowRankSpec
+from lorakit.core.site import sites_of
+
+WEIGHTS = "adapter_model.safetensors"
+SIDE = "lorakit.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `errors`: the relative error of each site's change of the weight; empty where the form is exact."""
+
+    folder: Path
+    peft_type: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+    total: float = 0.0
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if not self.errors:
+            return [f"{self.peft_type}, exact"]
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])
+        return [f"{name}: relative error {error:.2e}" for name, error in worst] + [f"in total: relative error {self.total:.2e}"]
+
+
+def to_peft(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    native: bool = True,
+    svd_rank: int | None = None,
+    model: nn.Module | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    save_embedding_layers: bool = False,
+) -> Exported:
+    """Write an adapter in PEFT's format. Raises NotExportable for what PEFT cannot hold, CheckpointError when the files cannot be written.
+
+    native: PEFT's own type where it has one (DoRA, PiSSA, AdaLoRA); else the exact plain LoRA, which changes no base when PEFT loads it.
+    svd_rank: what has no exact form is approximated at this rank, and the result says how far off it is.
+    model: the base; needed for parts of fused weights and for changes of W that depend on W. With it module lists are shortest, without it full names.
+    base_model, task_type: what PEFT's Auto classes ask for.
+    save_embedding_layers: write the base weights of adapted embeddings too, as PEFT does (it needs them only if they were changed).
+    """
+    if locate(folder, "adapter.json") is not None:
+        raise CheckpointError(f"{folder} holds an adapter in lorakit's format; write PEFT's to another folder")
+    _fits(adapter, model)
+    form = form_of(adapter, native=native, svd_rank=svd_rank, model=model)
+    saved, biases = _unfrozen(adapter, form, model)
+    config = _config(adapter, form, saved, biases, model)
+    config |= {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
+    _check_head(config["task_type"], saved)
+    tensors = _tensors(adapter, form, biases)
+    if save_embedding_layers:
+        tensors |= _base_weights(form, model)
+    files = {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: pack(floats(tensors))}
+    side = {"adapter": record_of(adapter), "files": digests(files), "restorable": form.restorable}
+    return Exported(write_files(folder, {**files, SIDE: to_json(side)}), form.peft_type, form.errors, form.total)
+
+
+def digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """sha256 by file name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def _fits(adapter: Adapter, model: nn.Module | None) -> None:
+    here = {s.name: s for s in sites_of(model)} if model is not None else {s.name: s for s in adapter.sites}
+    for site in adapter.sites:
+        found = here.get(site.name)
+        if found is None or (found.d_in, found.d_out, found.rows) != (site.d_in, site.d_out, site.rows):
+            raise AdapterMismatch(f"the adapter's site {site.name!r} ({site.d_out} × {site.d_in}) is not in this model. {did_you_mean(site.name, here)}")
+
+
+# ------------------------------------------------------------------------------------------------------- modules trained as a whole
+def _unfrozen(adapter: Adapter, form: Form, model: nn.Module | None) -> tuple[list[str], dict[str, str]]:
+    """(modules to be saved whole, key of each bias trained alone). Raises NotExportable for anything between the two."""
+    parameters = adapter.unfrozen()
+    homes = {name: _home(name, adapter, parameters, model) for name in parameters}
+    biases = {name: _bias_key(name, form) for name, home in homes.items() if home is None and name.endswith(".bias")}
+    stray = [name for name, home in homes.items() if home is None and name not in biases]
+    if stray:
+        raise NotExportable(f"{len(stray)} trained parameters ({stray[0]}, …) are not whole modules or biases, and PEFT saves nothing else")
+    saved = sorted({home for home in homes.values() if home is not None})
+    saved = [name for name in saved if not any(name.startswith(other + ".") for other in saved)]
+    inside = [name for name in form.pairs if any(matches_head(name, other) for other in saved)]
+    if inside:
+        raise NotExportable(f"site {inside[0]!r} lies in a module that is trained as a whole; PEFT has no form for both")
+    return saved, biases
+
+
+def matches_head(name: str, module: str) -> bool:
+    """Whether a path is a module or lies in it."""
+    return name == module or name.startswith(module + ".")
+
+
+def _home(parameter: str, adapter: Adapter, parameters: Mapping[str, Tensor], model: nn.Module | None) -> str | None:
+    """The module that was unfrozen whole and holds the parameter: the highest that a pattern of the recipe names."""
+    prefixes = [parameter[:i] for i, c in enumerate(parameter) if c == "."]
+    named = [p for p in prefixes for entry in adapter.method().unfreeze if matches_entry(entry, p) or fnmatch.fnmatchcase(p, entry)]
+    if named:
+        return named[0]
+    if model is not None and all(f"{prefixes[-1]}.{k}" in parameters for k in model.get_submodule(prefixes[-1]).state_dict()):
+        return prefixes[-1]
+    return None
+
+
+def _bias_key(name: str, form: Form) -> str:
+    """An adapted module's own bias is its base layer's."""
+    module = name.removesuffix(".bias")
+    return f"{PREFIX}{module}.base_layer.bias" if module in form.pairs else PREFIX + name
+
+
+def _check_head(task_type: str | None, saved: list[str]) -> None:
+    heads = HEADS.get(task_type or "", ())
+    if heads and not any(module.endswith(heads) for module in saved):
+        raise NotExportable(
+            f"under task_type {task_type} PEFT loads a trained head ({' or '.join(heads)}), and this adapter has none; "
+            "train one (unfreeze), or leave task_type out"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- the three files
+def _tensors(adapter: Adapter, form: Form, biases: Mapping[str, str]) -> dict[str, Tensor]:
+    found = {
+        key_of(module, name, form.peft_type, pair.kind): tensor
+        for module, pair in form.pairs.items()
+        for name in ("A", "B", "E", "m")
+        if (tensor := getattr(pair, name)) is not None
+    }
+    return found | {biases.get(name, PREFIX + name): tensor for name, tensor in adapter.unfrozen().items()}
+
+
+def _base_weights(form: Form, model: nn.Module | None) -> dict[str, Tensor]:
+    if model is None:
+        raise NotExportable("save_embedding_layers needs the base: give the model")
+    modules = [name for name in form.pairs if name.split(".")[-1] in VOCABULARY]
+    return {f"{PREFIX}{name}.base_layer.weight": model.get_submodule(name).weight.detach() for name in modules}  # type: ignore[union-attr, misc]
+
+
+def _config(adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str, str], model: nn.Module | None) -> dict[str, Any]:
+    """The defaults; over them what the PEFT folder said that the adapter came from; over that what the adapter itself says."""
+    config = {**DEFAULTS[form.peft_type], **_carried(adapter, form.peft_type)}
+    config["init_lora_weights"] = config["init_lora_weights"] if config["init_lora_weights"] in HARMLESS else True
+    config |= {"modules_to_save": _saved_list(config, saved, model), "bias": _bias(biases), "lora_dropout": _dropout(adapter)}
+    config["fan_in_fan_out"] = any(_is_conv1d(name, model) for name in form.pairs)
+    config |= SAID[form.peft_type](form)
+    config |= {name: number(value) if isinstance(value, float) else value for name, value in form.fields.items()}
+    if not selected(config, form.pairs, model):
+        config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config["target_modules"] = targets(form.pairs, model)
+    if config["task_type"] is None and config["auto_mapping"] is None and model is not None:
+        kind = model.__class__
+        config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return config
+
+
+def _ranks(form: Form) -> dict[str, Any]:
+    return config_of(expressed(form.rank, {name: (pair.r, pair.s) for name, pair in form.pairs.items()}))
+
+
+def _schedule(form: Form) -> dict[str, Any]:
+    """A finished adapter has no schedule left, but PEFT refuses to load one without a number of steps that fits it."""
+    return {"total_step": form.fields["tinit"] + form.fields["tfinal"] + 1}
+
+
+SAID: dict[str, Callable[[Form], dict[str, Any]]] = {"LORA": _ranks, "ADALORA": _schedule}
+"""What a form says in the fields of its type."""
+
+
+def _carried(adapter: Adapter, peft_type: str) -> dict[str, Any]:
+    """Fields of the configuration that the adapter was once read from."""
+    before = adapter.meta.get("peft")
+    if not isinstance(before, dict) or before.get("peft_type") != peft_type:
+        return {}
+    known = check_config(before, Path("the adapter's meta"))
+    return {name: known[name] for name in set(known) & set(DEFAULTS[peft_type]) - DETERMINED}
+
+
+def _saved_list(config: Mapping[str, Any], saved: list[str], model: nn.Module | None) -> list[str] | None:
+    """The list as it was, when it still means these modules; else their names."""
+    before = config["modules_to_save"]
+    if before and all(saved_module(name + ".", before) == name for name in saved) and saved:
+        return before  # type: ignore[no-any-return]
+    names = module_names(model) if model is not None else []
+    for other in names:
+        if any(other.endswith(name) and not matches_head(other, name) for name in saved):
+            raise NotExportable(f"PEFT would take {other!r} for one of the modules that were trained whole ({', '.join(saved)})")
+    return saved or None
+
+
+def _bias(biases: Mapping[str, str]) -> str:
+    if not biases:
+        return "none"
+    return "lora_only" if all(key.endswith(".base_layer.bias") for key in biases.values()) else "all"
+
+
+def _dropout(adapter: Adapter) -> float:
+    spec = adapter.method().delta
+    return spec.dropout if isinstance(spec, LowRankSpec) else 0.0
+
+
+def _is_conv1d(name: str, model: nn.Module | None) -> bool:
+    if model is None:
+        return name.split(".")[-1] in CONV1D
+    return isinstance(base_of(model.get_submodule(name)), Transposed)

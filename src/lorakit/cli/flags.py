@@ -1,0 +1,37 @@
+"""`--key value` flags for commands whose keys are a configuration's: the same names as in its YAML file."""
+
+from typing import Any
+
+import yaml
+
+from lorakit.core.errors import BadParameter
+
+
+def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """{key: value} from `--key value`, `--key=value`, `--flag`, `--no-flag` and `key=value`; dashes and underscores are one.
+
+    Values are read as YAML, so that lists and mappings can be given ('[q_proj, v_proj]'); those of `strings` are taken as they are.
+    """
+    values: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") and "=" not in word:
+            raise BadParameter(f"unexpected argument {word!r}; settings are given as --key value")
+        key, given, text = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if not given:
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            else:
+                text = "false" if key.startswith("no_") else "true"
+                key = key.removeprefix("no_")
+        values[key] = text if key in strings else _value(key, text)
+    return values
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadParameter(f"--{key} {text!r} cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,60 @@
+"""The `lorakit` command: registers one function a command, and prints an error of ours as one line.
+
+To add a command, write its function in a module of this folder and add a line below. Its flags are the signature, its help the docstring.
+Import what is heavy or optional inside the function: `lorakit --help` pays for every import at the top.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from lorakit.cli import at_rest, methods, quickstart, train, use
+from lorakit.core.errors import LorakitError
+
+app = typer.Typer(
+    name="lorakit",
+    help="One toolkit for everything people do with low-rank adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def command(name: str, function: Callable[..., Any], *, settings: dict[str, Any] | None = None) -> None:
+    """Register a command: LorakitError becomes one line on stderr and exit code 2, a traceback only under LORAKIT_DEBUG=1.
+
+    `settings` are click's context settings, for commands whose flags are not all in the signature.
+    """
+
+    @functools.wraps(function)
+    def reported(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except LorakitError as error:
+            if os.environ.get("LORAKIT_DEBUG") == "1":
+                raise
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    app.command(name, context_settings=settings)(reported)
+
+
+command("quickstart", quickstart.quickstart)
+command("train", train.train, settings=train.SETTINGS)
+command("eval", use.eval_)
+command("generate", use.generate)
+command("chat", use.chat)
+command("inspect", at_rest.inspect)
+command("merge", use.merge)
+command("convert", at_rest.convert)
+command("list", methods.list_)
+command("show", methods.show)
+command("new-method", methods.new_method)
+
+if __name__ == "__main__":
+    app()

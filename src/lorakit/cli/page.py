@@ -1,0 +1,47 @@
+"""What there is to say about a method, as text: its paper, its code, its resolved parts. `lorakit show` and the docs print the same."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from lorakit.core.method import Entry, Method
+
+
+def parameters(entry: Entry) -> str:
+    """`r=8 alpha=16.0 …`: what the method's function takes, with the defaults."""
+    return " ".join(f"{name}={spelled(p.default, quote=False)}" for name, p in entry.parameters.items())
+
+
+def paper(entry: Entry) -> str:
+    """The module's docstring: equations with shapes, what is trained, defaults, references."""
+    return inspect.getdoc(inspect.getmodule(entry.make)) or ""
+
+
+def code(entry: Entry) -> str:
+    """Source of the registered function, decorator included."""
+    return inspect.getsource(entry.make).rstrip()
+
+
+def parts(method: Method) -> dict[str, Any]:
+    """The parts that a method has: empty ones and the recipe are left out; tuples of parts are numbered."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            found |= {f"{field.name}[{i}]": v for i, v in enumerate(value)}
+        elif field.name != "recipe" and value not in (None, ()):
+            found[field.name] = value
+    return found
+
+
+def spelled(value: Any, *, quote: bool = True) -> str:
+    """A value as one would type it; a part without the capabilities it `requires`, which are no choice of the user's."""
+    if dataclasses.is_dataclass(value):
+        fields = [f.name for f in dataclasses.fields(value) if f.name != "requires"]
+        return f"{type(value).__name__}({', '.join(f'{name}={spelled(getattr(value, name))}' for name in fields)})"
+    return value if isinstance(value, str) and not quote else repr(value)
+
+
+def source_line(thing: Any) -> str:
+    """`lorakit/methods/learning/dora.py:92`, where a function or class is defined."""
+    return f"{inspect.getmodule(thing).__name__.replace('.', '/')}.py:{inspect.getsourcelines(thing)[1]}"  # type: ignore[union-attr]

@@ -1,0 +1,69 @@
+"""`lorakit train`: one YAML whose keys are also flags."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorakit.cli.flags import parse_flags
+
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+STRINGS = frozenset({"model", "method", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task"})
+
+
+def train(
+    ctx: typer.Context,
+    config: Annotated[str | None, typer.Argument(help="YAML file with the keys below")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print configuration, sites, parameters and memory; train nothing")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="list every key with its default")] = False,
+) -> None:
+    """Train an adapter: lorakit train run.yaml --r 16 --learning-rate 1e-3 (every key of the YAML is a flag; --keys lists them).
+
+    A run that was killed goes on with the same command and --resume auto.
+    """
+    if keys:
+        return print_keys()
+    from lorakit.train.config import read_config
+
+    extra = list(ctx.args)
+    if config is not None and config.startswith("--"):
+        extra, config = [config, *extra], None
+    settings = read_config(config, parse_flags(extra, strings=STRINGS))
+    if dry_run:
+        from lorakit.train.dry_run import dry_run as preview
+
+        return preview(settings).show(Console())
+    from lorakit.train.train import train as run
+
+    result = run(settings, quiet=quiet)
+    report = Table(
+        title=f"{settings.method} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s",
+        box=None,
+    )
+    for name in result.final:
+        report.add_column(f"eval {name}")
+    report.add_row(*(f"{v:.4f}" for v in result.final.values()))
+    console = Console()
+    console.print(report)
+    for note in result.notes:
+        console.print(f"note: {note}")
+    console.print(f"adapter: {Path(settings.output_dir) / 'adapter'}", soft_wrap=True)
+
+
+def print_keys() -> None:
+    """Every key of the configuration, then every method's own."""
+    from lorakit.core.method import describe, list_methods
+    from lorakit.train.config import FIELDS, TrainConfig
+
+    table = Table("key", "default", "meaning", box=None)
+    for name in FIELDS:
+        info = TrainConfig.model_fields[name]
+        table.add_row(name, str(info.default), info.description or "")
+    for method in list_methods():
+        table.add_section()
+        for name, parameter in describe(method).parameters.items():
+            table.add_row(name, str(parameter.default), f"method {method}")
+    Console(width=140).print(table)

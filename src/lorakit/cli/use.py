@@ -1,0 +1,129 @@
+"""`lorakit eval`, `generate`, `chat`, `merge`: what is done with a finished adapter. A PEFT folder is accepted wherever an adapter is."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Adapter = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's); 'base' for the base alone")]
+Model = Annotated[str | None, typer.Option("--model", help="base folder or Hub name; default: the one that the adapter names")]
+Force = Annotated[bool, typer.Option("--force", help="accept a base with other weights than the adapter was trained on")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy")]
+Seed = Annotated[int, typer.Option("--seed")]
+
+
+def eval_(
+    adapter: Adapter,
+    data: Annotated[str, typer.Option("--data", help="as train_data; its validation side is used, a file of --whole is used whole")],
+    model: Model = None,
+    whole: Annotated[bool, typer.Option("--whole", help="evaluate on all rows of the source")] = False,
+    max_samples: Annotated[int | None, typer.Option("--max-samples", min=1)] = None,
+    max_length: Annotated[int, typer.Option("--max-length", min=2)] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    exact_match: Annotated[bool, typer.Option("--exact-match", help="generate answers of chat or prompt rows and compare them")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    force: Force = False,
+) -> None:
+    """Held-out loss, perplexity and bits per byte; accuracy and F1 for classifiers; exact match on request."""
+    from lorakit.serve.score import score
+
+    figures = score(_open(adapter, model, force), data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match)
+    if as_json:
+        return print(json.dumps(figures, indent=1))
+    table = Table(*figures, box=None)
+    table.add_row(*(f"{v:.4f}" for v in figures.values()))
+    Console().print(table)
+
+
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option("--prompt", help="'-' reads standard input")],
+    model: Model = None,
+    max_new_tokens: Tokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Continue a prompt, streaming."""
+    from lorakit.serve.generate import stream
+
+    text = sys.stdin.read() if prompt == "-" else prompt.encode().decode("unicode_escape") if "\\n" in prompt else prompt
+    opened = _open(adapter, model, force)
+    for piece in stream(opened, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(
+    adapter: Adapter,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="answer this one message and stop")] = None,
+    max_new_tokens: Tokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Talk to an adapter with the chat template it was trained with; an empty line or end of input ends it."""
+    from lorakit.serve.generate import stream_chat
+
+    opened = _open(adapter, model, force)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        said = message if message is not None else _ask()
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        answer = ""
+        for piece in stream_chat(opened, messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        if message is not None:
+            return
+
+
+def merge(
+    adapter: Adapter,
+    out: Annotated[str, typer.Option("--out", help="new folder for the merged model")],
+    model: Model = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the training dtype")] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare adapter and merged model, refuse over the tolerance")] = True,
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="largest logit difference in fp32")] = 1e-3,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    force: Force = False,
+) -> None:
+    """Merge an adapter into a copy of its base, for plain AutoModel classes; the input is never touched."""
+    from lorakit.serve.merge import merge as run
+
+    verdict = run(adapter, out, model=model, dtype=dtype, verify=verify, tolerance=tolerance, force=force)
+    if verdict is not None and as_json:
+        return print(json.dumps(verdict.as_dict(), indent=1))
+    if verdict is not None:
+        for note in verdict.notes:
+            print("note:", note)
+        print(f"verified on {verdict.prompts} prompts: largest logit difference {verdict.max_abs_diff:.2e} in fp32, ", end="")
+        print(f"{verdict.target_max_abs_diff:.2e} as saved in {verdict.dtype} (rounding alone: {verdict.rounding:.2e}), ", end="")
+        print(f"perplexity change {100 * verdict.perplexity_change:+.4f} %")
+    print("merged model:", out)
+
+
+def _ask() -> str:
+    try:
+        return input("you: " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _open(adapter: str, model: str | None, force: bool):  # type: ignore[no-untyped-def]
+    from lorakit.serve.open import open_adapter, open_base
+
+    if adapter == "base" and not Path("base").exists():
+        return open_base(model or "bundled")
+    return open_adapter(adapter, model=model, force=force)

@@ -1,0 +1,31 @@
+"""Padding: one sample a row, filled on the right, for models and tasks that cannot be packed."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lorakit.data.encoded import IGNORED, Encoded, Labeled
+from lorakit.data.pack import filled
+
+
+def pad(samples: Sequence[Encoded] | Sequence[Labeled], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch for `model(**batch)`: input_ids and attention_mask [batch, longest], and labels.
+
+    Labels are [batch, longest] with IGNORED where there is padding (for encoder-decoder samples as long as the longest
+    target), or [batch] class numbers for `Labeled` samples.
+    """
+    ids = [sample.input_ids for sample in samples]
+    width = max(map(len, ids))
+    return {
+        "input_ids": filled(ids, pad_id, width),
+        "attention_mask": filled([[1] * len(row) for row in ids], 0, width),
+        "labels": _labels(samples),
+    }
+
+
+def _labels(samples: Sequence[Encoded] | Sequence[Labeled]) -> torch.Tensor:
+    classes = [sample.label for sample in samples if isinstance(sample, Labeled)]
+    if classes:
+        return torch.tensor(classes, dtype=torch.long)
+    labels = [sample.labels for sample in samples if isinstance(sample, Encoded)]
+    return filled(labels, IGNORED, max(map(len, labels)))

@@ -1,0 +1,1 @@
+"""What happens to a finished adapter on its model: open, generate, merge for deployment."""

@@ -1,0 +1,159 @@
+"""Merge an adapter into a copy of its base, and prove that the two say the same.
+
+The merged model is computed in fp32, saved in the target dtype, loaded again with plain Transformers, and compared with the adapter on sample prompts: in
+fp32 before saving, and in the target dtype after. The input is never touched.
+"""
+
+import copy
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.errors import CheckpointError, NotMergeable
+from lorakit.serve.open import Opened, open_adapter
+from lorakit.train.source_model import CLASSIFY
+
+PROMPTS = (
+    "def main(argv=None):\n    ",
+    "The quick brown fox jumps over the lazy dog, and",
+    "class Node:\n    def __init__(self, value, children=()):\n        self.value = value\n",
+    "import os\nimport sys\n\nfor name in sorted(os.listdir(path)):\n    if name.endswith('.py'):",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`max_abs_diff`: largest logit difference of adapter and merged model in fp32; `target_max_abs_diff`: the same with the merged model as saved,
+    in `dtype`; perplexities of the sample prompts; `rounding`: what the base's own rounding to `dtype` changes (0 in fp32)."""
+
+    dtype: str
+    max_abs_diff: float
+    target_max_abs_diff: float
+    rounding: float
+    adapter_perplexity: float
+    merged_perplexity: float
+    prompts: int
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def perplexity_change(self) -> float:
+        """Relative change, merged against adapter."""
+        return self.merged_perplexity / self.adapter_perplexity - 1
+
+    @property
+    def ok(self) -> bool:
+        """fp32 within tolerance, and the saved model within it too, plus twice what rounding alone does to the base."""
+        return self.max_abs_diff <= self.tolerance and self.target_max_abs_diff <= self.tolerance + 2 * self.rounding
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"perplexity_change": self.perplexity_change, "ok": self.ok}
+
+
+def merge(
+    folder: str | Path, out: str | Path, *, model: str | None = None, dtype: str | None = None, verify: bool = True, tolerance: float = 1e-3, force: bool = False
+) -> Verdict | None:
+    """Write the merged model of adapter `folder` to `out`; it loads with plain AutoModel classes.
+
+    Raises NotMergeable, and writes nothing, when verification exceeds `tolerance` (fp32 logits).
+    """
+    target = Path(out)
+    if target.exists() and any(target.iterdir()):
+        raise CheckpointError(f"{target} exists and is not empty; give another --out")
+    opened = open_adapter(folder, model=model, dtype="float32", force=force)
+    dtype = dtype or opened.meta.get("dtype", "float32")
+    probe = probes(opened)
+    with torch.no_grad():
+        before = [logits(opened.model, ids) for ids in probe]
+    assert opened.adapted is not None
+    merged = opened.adapted.merge()
+    notes = tuple(opened.adapted.notes)
+    with torch.no_grad():
+        after = [logits(merged, ids) for ids in probe]
+    plain = strip(merged)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _save(plain, opened, partial, dtype)
+        verdict = _verdict(opened, plain, partial, probe, before, after, dtype, tolerance, notes) if verify else None
+        if verdict is not None and not verdict.ok:
+            raise NotMergeable(
+                f"merged and unmerged logits differ by {verdict.max_abs_diff:.2e} in fp32 and {verdict.target_max_abs_diff:.2e} in {dtype}; "
+                f"tolerance {tolerance:.0e}. Nothing was written; --tolerance accepts more"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the merged model to {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return verdict
+
+
+def strip(merged: nn.Module) -> nn.Module:
+    """A copy of a merged model without any trace of the adapter: plain classes, merged weights."""
+    from lorakit.core.layer import Slot, restore
+    from lorakit.core.unfreeze import stop_casting
+
+    plain = copy.deepcopy(merged)
+    for module in [m for m in plain.modules() if isinstance(getattr(m, "lora", None), Slot)]:
+        restore(module)
+    for module in list(plain.modules()):
+        stop_casting(module)
+    plain._forward_pre_hooks.clear()
+    plain.__dict__.pop("resize_token_embeddings", None)
+    return plain
+
+
+def probes(opened: Opened) -> list[Tensor]:
+    """Token ids of the sample prompts, [1, t] each."""
+    limit = getattr(opened.model.config, "max_position_embeddings", None) or 512  # type: ignore[union-attr]
+    ids = [opened.tokenizer(p, return_tensors="pt")["input_ids"][:, : min(limit, 128)] for p in PROMPTS]
+    vocabulary = opened.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return [i.clamp_max(vocabulary - 1) for i in ids]
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """fp32 logits of one prompt."""
+    options = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    result: Tensor = model(input_ids=ids.to(model.device), **options).logits.float().cpu()
+    return result
+
+
+def _save(plain: nn.Module, opened: Opened, folder: Path, dtype: str) -> None:
+    copy.deepcopy(plain).to(getattr(torch, dtype)).save_pretrained(folder)  # type: ignore[operator]
+    opened.tokenizer.save_pretrained(folder)
+
+
+def _verdict(
+    opened: Opened, plain: nn.Module, folder: Path, probe: list[Tensor], before: list[Tensor], after: list[Tensor], dtype: str, tolerance: float, notes: Any
+) -> Verdict:
+    with torch.no_grad():
+        reloaded = type(plain).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[attr-defined]
+        saved = [logits(reloaded, ids) for ids in probe]
+        rounding = 0.0
+        if dtype != "float32":  # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
+            rounded = copy.deepcopy(plain).to(getattr(torch, dtype))
+            rounding = largest([logits(rounded, ids) for ids in probe], after)
+    perplexities = [math.nan, math.nan] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
+    return Verdict(dtype, largest(before, after), largest(before, saved), rounding, perplexities[0], perplexities[1], len(probe), tolerance, notes)
+
+
+def largest(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest absolute difference over pairs; NaN counts as infinite."""
+    worst = max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    return math.inf if math.isnan(worst) else worst
+
+
+def perplexity(found: list[Tensor], probe: list[Tensor]) -> float:
+    """exp of the mean next-token loss over the prompts."""
+    losses = [nn.functional.cross_entropy(x[0, :-1], ids[0, 1:], reduction="sum") for x, ids in zip(found, probe, strict=True)]
+    return float(torch.exp(torch.stack(losses).sum() / sum(ids.shape[1] - 1 for ids in probe)))

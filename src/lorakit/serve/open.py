@@ -1,0 +1,59 @@
+"""Open a base and, on it, an adapter: what eval, generate, chat, merge and inspect start with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.adapters.io import load_adapter
+from lorakit.core.attach import Adapted, attach_adapter
+from lorakit.core.errors import BadParameter
+from lorakit.train.source_model import CLASSIFY, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in eval mode, its tokenizer, and the adapter on it (None: the base alone)."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    adapted: Adapted | None
+    meta: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """What the model was trained for."""
+        return str(self.meta.get("task", "causal-lm"))
+
+
+def open_base(name: str, *, dtype: str = "float32") -> Opened:
+    """A base alone."""
+    return Opened(load_model(name, dtype=dtype), load_tokenizer(name), None, {"model": name})
+
+
+def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | None = None, force: bool = False) -> Opened:
+    """An adapter (lorakit's or PEFT's) on the base that it names, or on `model`.
+
+    Raises BadParameter when the adapter does not say which base it is for, AdapterMismatch when the base is another (unless `force`).
+    """
+    facts = recorded(folder)
+    name = model or facts.get("model")
+    if not name:
+        raise BadParameter(f"the adapter {folder} does not name its base; give it with --model")
+    labels = facts.get("labels") or None
+    base = load_model(name, task=CLASSIFY if labels else "causal-lm", dtype=dtype or facts.get("dtype", "float32"), labels=labels)
+    adapter = load_adapter(folder, model=base)
+    tokenizer = load_tokenizer(name, chat_template=facts.get("chat_template"))
+    adapted = attach_adapter(base, adapter, force=force)
+    return Opened(base.eval(), tokenizer, adapted, adapter.meta)
+
+
+def recorded(folder: str | Path) -> dict[str, Any]:
+    """What an adapter folder says about itself, without a model: {} for a PEFT folder that names no base."""
+    from lorakit.adapters.io import read_meta
+
+    return read_meta(folder)
+
+

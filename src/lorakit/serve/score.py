@@ -1,0 +1,45 @@
+"""Figures of an opened model on data: loss, bits per byte, accuracy, F1, and exact match of generated answers."""
+
+from typing import Any
+
+from lorakit.core.errors import DataError
+from lorakit.data.packable import why_not_packable
+from lorakit.data.row import Row, shape_of
+from lorakit.data.source import load_rows
+from lorakit.serve.generate import stream, stream_chat
+from lorakit.serve.open import Opened
+from lorakit.train.config import make_config
+from lorakit.train.dataset import Rows, prepare
+from lorakit.train.evaluate import evaluate
+from lorakit.train.metrics import exact_match
+
+
+def score(
+    opened: Opened, data: str, *, whole: bool = False, limit: int | None = None, max_length: int = 512, batch_size: int = 8, exact: bool = False
+) -> dict[str, float]:
+    """Figures on the validation side of `data` (all of it with `whole`). Raises DataError."""
+    rows = load_rows(data, "valid", valid=data if whole else None)[:limit]
+    config = make_config({"train_data": data, "max_length": max_length})
+    model: Any = opened.model
+    both = Rows(rows, rows, tuple(opened.meta.get("labels") or ()))
+    packing = both.task == "causal-lm" and why_not_packable(model) is None
+    prepared = prepare(both, config, opened.tokenizer, packing=packing, encoder_decoder=bool(model.config.is_encoder_decoder))
+    figures = evaluate(model, prepared.valid, batch_size=batch_size)
+    return figures | ({"exact_match": answers(opened, rows)} if exact else {})
+
+
+def answers(opened: Opened, rows: list[Row]) -> float:
+    """Share of rows whose greedy answer equals the reference."""
+    shape = shape_of(rows[0])
+    if shape not in ("chat", "pair"):
+        raise DataError(f"exact match needs chat or prompt/completion rows; these are {shape} data")
+    predictions, references = [], []
+    for row in rows:
+        if shape == "chat":
+            *before, last = row["messages"]
+            made, reference = stream_chat(opened, list(before)), last["content"]
+        else:
+            made, reference = stream(opened, row["prompt"]), row["completion"]
+        predictions.append("".join(made))
+        references.append(reference)
+    return exact_match(predictions, references)

@@ -1,0 +1,101 @@
+"""One flat configuration: the keys of a YAML file are the flags of `lorakit train`.
+
+Names are Transformers' TrainingArguments' where they exist. A method's own parameters (r, alpha, sites, …) stand beside them, checked against the
+method's signature. An unknown key is an error that names the nearest.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from lorakit.core.errors import BadParameter, did_you_mean
+from lorakit.core.method import Method, describe, get_method
+
+BUNDLED = "bundled"
+
+
+class TrainConfig(pydantic.BaseModel):
+    """Everything a run depends on. Lengths in tokens, sizes in items, steps are optimizer steps."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(BUNDLED, description="a local folder, a Hub name, or 'bundled'")
+    method: str = Field("lora", description="any id of `lorakit list`; its parameters are keys too")
+    train_data: str = Field("", description="JSONL, text file, folder, builtin:<task>/<kind>, or hf:<name>")
+    eval_data: str | None = Field(None, description="as train_data; None: a split of train_data")
+    output_dir: str = Field("out", description="run folder: checkpoints, metrics, curve, adapter")
+    task: Literal["auto", "causal-lm", "sequence-classification"] = Field("auto", description="auto: by the rows' shape")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters are fp32")
+    max_length: int = Field(512, ge=2, description="longest sample, and the packing window")
+    packing: bool = Field(True, description="several documents in a window, exactly; off: pad")
+    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens of a chat are trained on")
+    chat_template: str | None = Field(None, description="a Jinja template (or a file with one) for a tokenizer without")
+    max_train_samples: int | None = Field(None, ge=1, description="use only the first rows")
+    max_eval_samples: int | None = Field(None, ge=1, description="use only the first rows")
+    seed: int = Field(0, ge=0, description="of init, data order and dropout")
+    per_device_train_batch_size: int = Field(8, ge=1, description="windows or samples")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="windows or samples")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches in a step; exact for uneven token counts")
+    learning_rate: float = Field(2e-4, gt=0, description="peak rate; methods may multiply it by role")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, description="overrides num_train_epochs when positive")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="of all steps, when warmup_steps is 0")
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int = Field(0, ge=0, description="0: at the end only")
+    save_steps: int = Field(100, ge=0, description="0: no checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    load_best_model_at_end: bool = Field(False, description="the final adapter is the one with the lowest eval loss")
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better eval loss")
+    resume: str | None = Field(None, description="'auto': continue from the newest checkpoint in output_dir, if any")
+    method_args: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters (given flat, beside the other keys)")
+
+    def build_method(self) -> Method:
+        """The method with its parameters. Raises BadParameter or NoSuchMethod."""
+        return get_method(self.method, **self.method_args)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed."""
+        return self.model_dump(mode="json", exclude={"resume", "output_dir", "logging_steps", "save_total_limit"})
+
+
+FIELDS = tuple(name for name in TrainConfig.model_fields if name != "method_args")
+
+
+def make_config(values: dict[str, Any]) -> TrainConfig:
+    """A configuration from flat keys, the method's among them. Raises BadParameter with one line for the first thing wrong."""
+    entry = describe(values.get("method", "lora"))
+    own = {k: v for k, v in values.items() if k in FIELDS}
+    method_args = dict(values.get("method_args", {})) | {k: v for k, v in values.items() if k in entry.parameters}
+    for key in values:
+        if key not in FIELDS and key not in entry.parameters and key != "method_args":
+            options = [*FIELDS, *entry.parameters]
+            raise BadParameter(f"unknown key {key!r} (method {entry.name}). {did_you_mean(key, options)}".rstrip())
+    try:
+        config = TrainConfig(**own, method_args=method_args)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise BadParameter(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None
+    config.build_method()
+    return config
+
+
+def read_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConfig:
+    """A YAML file's keys, overridden by flags."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise BadParameter(f"cannot read the configuration {path}: {str(error).splitlines()[0]}") from None
+        if not isinstance(values, dict):
+            raise BadParameter(f"{path} is not a flat mapping of keys to values")
+    return make_config(values | overrides)

@@ -1,0 +1,117 @@
+"""Rows -> items that a step takes, and items -> batches: packed windows, padded samples, or classified texts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.core.errors import DataError
+from lorakit.data.encoded import IGNORED, Encoded
+from lorakit.data.pack import collate, pack
+from lorakit.data.pad import pad
+from lorakit.data.row import Row, data_hash, shape_of
+from lorakit.data.source import load_rows
+from lorakit.data.tokenize import class_names, tokenize_classes, tokenize_rows
+from lorakit.train.config import TrainConfig
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Items of one side of the data, how they become a batch, and the UTF-8 bytes that their trained tokens stand for (0 for classes)."""
+
+    items: list[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    n_bytes: int
+    account: str
+
+    def batches(self, size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The items in order, each once, split over ranks."""
+        mine = self.items[rank::world]
+        for start in range(0, len(mine), size):
+            yield self.collate(mine[start : start + size])
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Both sides, the task, its labels (classification) and the hash of the training rows."""
+
+    train: Side
+    valid: Side
+    task: str
+    labels: list[Any]
+    hash: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the configuration's sources hold, before tokenizing: enough to choose a task and a model."""
+
+    train: list[Row]
+    valid: list[Row]
+    known: tuple[Any, ...] = ()
+    """Class names in the order of a trained model's outputs; () takes those of the rows."""
+
+    @property
+    def task(self) -> str:
+        """The task that the rows' shape asks for."""
+        return "sequence-classification" if shape_of(self.train[0]) == "classify" else "causal-lm"
+
+    @property
+    def labels(self) -> list[Any]:
+        """Class names, [] for language modeling."""
+        if self.known:
+            return list(self.known)
+        return class_names([*self.train, *self.valid]) if self.task == "sequence-classification" else []
+
+
+def read_rows(config: TrainConfig) -> Rows:
+    """Load both sides. Raises DataError."""
+    if not config.train_data:
+        raise DataError("no training data: give train_data (--train-data), e.g. data.jsonl, a folder, or builtin:email/code")
+    sides: dict[str, list[Row]] = {}
+    limits = {"train": config.max_train_samples, "valid": config.max_eval_samples}
+    for split in ("train", "valid"):
+        sides[split] = load_rows(config.train_data, split, valid=config.eval_data, seed=0)[: limits[split]]  # type: ignore[arg-type]
+    rows = Rows(sides["train"], sides["valid"])
+    if config.task not in ("auto", rows.task):
+        raise DataError(f"task={config.task} needs other rows: {config.train_data} holds {shape_of(rows.train[0])} data")
+    return rows
+
+
+def prepare(rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, packing: bool, encoder_decoder: bool = False) -> TrainData:
+    """Tokenize, pack or pad."""
+    if rows.task == "sequence-classification":
+        train, valid = (_classes(side, rows.labels, config, tokenizer) for side in (rows.train, rows.valid))
+    else:
+        train, valid = (_language(side, config, tokenizer, packing, encoder_decoder) for side in (rows.train, rows.valid))
+    return TrainData(train, valid, rows.task, rows.labels, data_hash(rows.train))
+
+
+def _classes(rows: list[Row], labels: list[Any], config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Side:
+    done = tokenize_classes(tokenizer, rows, labels, max_length=config.max_length)
+    return Side(list(done.samples), lambda items: pad(items, _pad_id(tokenizer)), 0, str(done))
+
+
+def _language(rows: list[Row], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, packing: bool, encoder_decoder: bool) -> Side:
+    done = tokenize_rows(tokenizer, rows, max_length=config.max_length, train_on=config.train_on, encoder_decoder=encoder_decoder)
+    n_bytes = trained_bytes(tokenizer, done.samples, shifted=not encoder_decoder)
+    if not packing or encoder_decoder:
+        return Side(list(done.samples), lambda items: pad(items, _pad_id(tokenizer)), n_bytes, str(done))
+    windows = pack(done.samples, config.max_length)
+    length = config.max_length if config.torch_compile else None
+    account = f"{done}, packed into {len(windows)} windows of {config.max_length}"
+    return Side(windows, lambda items: collate(items, length=length, pad_id=_pad_id(tokenizer)), n_bytes, account)
+
+
+def trained_bytes(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Encoded], *, shifted: bool) -> int:
+    """UTF-8 bytes of the tokens that the loss predicts (special tokens stand for none)."""
+    skip = 1 if shifted else 0
+    kept = [[t for t in s.labels[skip:] if t != IGNORED] for s in samples]
+    return sum(len(text.encode()) for text in tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.pad_token_id or 0)

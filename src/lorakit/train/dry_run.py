@@ -1,0 +1,66 @@
+"""What a run would do, before it does it: configuration, every matched site, parameter counts, and memory by row."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from lorakit.core.method import describe
+from lorakit.core.params import ParamTable
+from lorakit.train.config import TrainConfig
+from lorakit.train.distributed import world
+from lorakit.train.evaluate import to
+from lorakit.train.memory import MemoryEstimate, estimate
+from lorakit.train.metrics import forward_loss
+from lorakit.train.train import build
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Everything that `--dry-run` prints."""
+
+    config: TrainConfig
+    table: ParamTable
+    sites: list[tuple[str, str, int]]
+    total_params: int
+    accounts: list[str]
+    notes: list[str]
+    memory: MemoryEstimate
+
+    def show(self, console: Console) -> None:
+        """Print it."""
+        import yaml
+
+        defaults = {name: parameter.default for name, parameter in describe(self.config.method).parameters.items()}
+        settings = self.config.model_dump(mode="json", exclude={"method_args"}) | defaults | self.config.method_args
+        console.print(yaml.safe_dump(settings, sort_keys=False).rstrip(), highlight=False, soft_wrap=True)
+        sites = Table("site", "shape", "trainable", title=f"{len(self.sites)} sites", box=None)
+        for name, shape, n in self.sites:
+            sites.add_row(name, shape, f"{n:,}")
+        console.print(sites)
+        n = self.table.numel()
+        console.print(f"trainable {n:,} of {self.total_params:,} parameters ({100 * n / self.total_params:.2f} %)")
+        for line in [*self.accounts, *(f"note: {note}" for note in self.notes)]:
+            console.print(line, soft_wrap=True)
+        console.print(self.memory.table())
+
+
+def dry_run(config: TrainConfig) -> Preview:
+    """Load and attach as a run would, trace one micro-batch for memory, train nothing and write nothing."""
+    here = world()
+    parts = build(config, here)
+    adapted, data = parts.adapted, parts.data
+    table = adapted.params()
+    per_site: Counter[str] = Counter()
+    for row in table:
+        per_site[row.site.name if row.site else row.name] += row.tensor.numel()
+    shapes = {b.site.name: f"{b.site.d_out} × {b.site.d_in}" for b in adapted.branches()}
+    sites = [(name, shapes.get(name, "whole"), n) for name, n in per_site.items()]
+    items = sorted(data.train.items, key=lambda item: -len(item.input_ids))[: config.per_device_train_batch_size]
+    batch = to(data.train.collate(items), here.device)
+    adapted.model.train()
+    memory = estimate(adapted.model, batch, optimizer="adamw", loss=lambda model, b: forward_loss(model, b)[0])
+    total = sum(p.numel() for p in adapted.model.parameters())
+    accounts = [f"train: {data.train.account}", f"eval: {data.valid.account}"]
+    return Preview(config, table, sites, total, accounts, adapted.notes, memory)

@@ -1,0 +1,171 @@
+"""What is measured: the training loss as an exact sum, and scores of finished predictions. Pure functions.
+
+    loss of a batch = Σ over supervised tokens of −log p(token)    never a mean: sums over uneven batches add up exactly
+
+Scores are plain floats between 0 and 1, perplexity and bits per byte aside.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorakit.core.errors import DataError, Incompatible
+from lorakit.data.encoded import IGNORED
+
+CHUNK = 2**24
+"""Logits upcast to fp32 at a time: 64 MB."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ the loss
+def forward_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """(sum of the losses of all supervised labels as an fp32 scalar, their number), for any Transformers model with a head.
+
+    Causal models predict the next token: labels are shifted here, and positions whose target is ignored never reach the head
+    (Transformers' own `logits_to_keep`). Encoder-decoders, masked models and classifiers have one label per output. Floating-point
+    labels are regressed or, with several outputs, classified independently, as the model's configuration says.
+
+    Args:
+        model: a Transformers model, adapted or not; called without labels and without a cache.
+        batch: its keyword tensors and `labels` ([b, t], [b] or [b, classes]).
+    """
+    inputs, labels = dict(batch), batch["labels"]
+    del inputs["labels"]
+    if "use_cache" in _arguments(type(model).forward):
+        inputs["use_cache"] = False
+    if labels.is_floating_point() or not _predicts_next(model):
+        return _aligned_loss(model, inputs, labels)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [b, t]: what each position is to predict
+    kept = targets != IGNORED
+    n = int(kept.sum())
+    if n < targets[:, 1:].numel() and "logits_to_keep" in _arguments(type(model).forward):
+        inputs["logits_to_keep"], targets = kept, targets[kept]  # [n]
+    return _token_loss(model(**inputs).logits, targets), n
+
+
+def _aligned_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, int]:
+    """One label per output: no shift."""
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:  # type: ignore[union-attr]
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    logits = model(**inputs).logits
+    if labels.is_floating_point() or logits.shape[-1] == 1:
+        return _value_loss(model, logits, labels), labels.numel()
+    return _token_loss(logits, labels), int((labels != IGNORED).sum())
+
+
+def _value_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared error for regression, independent logistic losses for several labels at once; the default is Transformers' own."""
+    config: Any = model.config
+    kind = config.problem_type or ("regression" if logits.shape[-1] == 1 else "multi_label_classification")
+    return _VALUE_LOSSES[kind](logits.float().view(labels.shape), labels.float(), reduction="sum")
+
+
+_VALUE_LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "regression": F.mse_loss,
+    "multi_label_classification": F.binary_cross_entropy_with_logits,
+}
+
+
+def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.shape[:-1] != targets.shape:
+        raise Incompatible(f"the model returned logits for {tuple(logits.shape[:-1])} positions, its labels are {tuple(targets.shape)}")
+    return cross_entropy_sum(logits.flatten(0, -2), targets.flatten())
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """Σ −log softmax(logits)[target] in fp32: logits [n, v], targets [n], scalar. Ignored targets add nothing.
+
+    Large logits go through in chunks of `chunk` values whose fp32 copy is made again for backward instead of being kept.
+    """
+    rows = max(1, chunk // logits.shape[-1])
+    if len(targets) <= rows:
+        return _cross_entropy(logits, targets)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    losses: list[Tensor] = [checkpoint(_cross_entropy, z, y, use_reentrant=False, preserve_rng_state=False) for z, y in parts]
+    return torch.stack(losses).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """A model that generates and has no encoder beside it: its logits at t are about token t + 1."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder  # type: ignore[operator, union-attr]
+
+
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the scores
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """A summed loss in nats over the text's bytes, in bits: comparable across tokenizers."""
+    return nats / (math.log(2) * _some(n_bytes, "bytes"))
+
+
+def perplexity(nats: float, n_tokens: int) -> float:
+    """exp of the mean loss; infinite when it does not fit a float."""
+    try:
+        return math.exp(nats / _some(n_tokens, "tokens"))
+    except OverflowError:
+        return math.inf
+
+
+def accuracy(predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor) -> float:
+    """The share of equal pairs."""
+    p, y = _pairs(predictions, labels)
+    return (p == y).double().mean().item()
+
+
+def f1(predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor, *, positive: int = 1) -> float:
+    """2 tp / (2 tp + fp + fn) of one class; 0 where the class occurs nowhere."""
+    p, y = _pairs(predictions, labels)
+    return _f1(p == positive, y == positive)
+
+
+def macro_f1(predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor) -> float:
+    """The mean of `f1` over every class that is predicted or true somewhere."""
+    p, y = _pairs(predictions, labels)
+    classes = torch.cat([p, y]).unique()
+    return sum(_f1(p == c, y == c) for c in classes) / len(classes)
+
+
+def micro_f1(predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor) -> float:
+    """F1 of the counts pooled over classes: where each example has one label, every miss is one fp and one fn, so it is the accuracy."""
+    return accuracy(predictions, labels)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The share of predictions equal to their reference, outer white space aside."""
+    if len(predictions) != len(references):
+        raise DataError(f"{len(predictions)} predictions for {len(references)} references")
+    hits = sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True))
+    return hits / _some(len(references), "references")
+
+
+def _f1(predicted: Tensor, true: Tensor) -> float:
+    hits, total = (predicted & true).sum().item(), (predicted.sum() + true.sum()).item()
+    return 2 * hits / total if total else 0.0
+
+
+def _pairs(predictions: Sequence[int] | Tensor, labels: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    p, y = torch.as_tensor(predictions).flatten(), torch.as_tensor(labels).flatten()
+    if len(p) != len(y):
+        raise DataError(f"{len(p)} predictions for {len(y)} labels")
+    _some(len(y), "labels")
+    return p, y
+
+
+def _some(n: int, what: str) -> int:
+    if n <= 0:
+        raise DataError(f"a score over {n} {what} is not defined")
+    return n

@@ -1,0 +1,71 @@
+"""The model and tokenizer of a run: a local folder, a Hub name, or the bundled base."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.train.config import BUNDLED
+
+CLASSIFY = "sequence-classification"
+
+
+def bundled_base() -> Path:
+    """The folder of the base that ships with the package."""
+    folder = Path(__file__).parents[1] / "data" / "base"
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"the bundled base is missing from {folder}; reinstall lorakit, or name a model folder with --model")
+    return folder
+
+
+def resolve(name: str) -> str:
+    """'bundled' -> its folder; anything else as it is. A path that does not exist is an error, not a download."""
+    if name == BUNDLED:
+        return str(bundled_base())
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if looks_local:
+        raise BadParameter(f"no model folder at {name}; give a folder with config.json, a Hub name, or 'bundled'")
+    return name
+
+
+def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", labels: list[Any] | None = None) -> nn.Module:
+    """A Transformers model in eval mode. With `labels`, a classifier with one output per label."""
+    source = resolve(name)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if task == CLASSIFY:
+        names = {i: str(label) for i, label in enumerate(labels or [])}
+        options |= {"num_labels": len(names) or 2, "id2label": names, "label2id": {v: k for k, v in names.items()}}
+    try:
+        encoder_decoder = bool(getattr(AutoConfig.from_pretrained(source), "is_encoder_decoder", False))
+        auto = AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        model: nn.Module = auto.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise BadParameter(f"cannot load a {task} model from {name!r}: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token and, if given, another chat template (text or a file)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise BadParameter(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        file = Path(chat_template)
+        tokenizer.chat_template = file.read_text(encoding="utf-8") if len(chat_template) < 1024 and file.is_file() else chat_template
+    return tokenizer
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classification head's modules, which every method trains whole."""
+    return tuple(name for name, _ in model.named_children() if name in ("score", "classifier", "qa_outputs"))

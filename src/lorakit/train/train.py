@@ -1,0 +1,156 @@
+"""`train(config)`: from a configuration to an adapter on disk. The same function behind `lorakit train` and Python."""
+
+import json
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.core.attach import Adapted, attach
+from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.core.method import Method, get_method
+from lorakit.data.packable import check_packing, why_not_packable
+from lorakit.train.checkpoint import checkpoints
+from lorakit.train.config import TrainConfig
+from lorakit.train.dataset import Rows, TrainData, prepare, read_rows
+from lorakit.train.distributed import World, shard, world
+from lorakit.train.report import draw_curve, read_log
+from lorakit.train.run import Result, Run
+from lorakit.train.source_model import CLASSIFY, head_of, load_model, load_tokenizer, resolve
+from lorakit.train.state import read_state
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, loaded and attached."""
+
+    adapted: Adapted
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainData
+    config: TrainConfig
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> Result:
+    """Train an adapter as configured and save it under `output_dir`/adapter.
+
+    With resume="auto" a killed run goes on from its newest checkpoint and ends with the same bits, on CPU, as if it had never been killed; a
+    finished one returns at once. Raises BadParameter when `output_dir` holds another run.
+    """
+    out = Path(config.output_dir)
+    began = time.perf_counter()
+    here = world()
+    found = claim(out, config, here)
+    if found is not None:
+        return found
+    parts = build(config, here)
+    run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet)
+    if config.resume and checkpoints(out):
+        run.load_state(read_state(checkpoints(out)[-1]))
+    final = run.train()
+    return _finish(parts, run, out, final, time.perf_counter() - began)
+
+
+def build(config: TrainConfig, here: World) -> Parts:
+    """Load data, model and tokenizer, and attach the method."""
+    seed_everything(config.seed)
+    rows = read_rows(config)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+    model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels).to(here.device)
+    if tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    adapted = attach(model, with_head(config, model, rows.task), seed=config.seed)
+    data = make_data(rows, config, tokenizer, model)
+    adapted.meta = describe_run(config, data, tokenizer)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if here.sharded:
+        shard(model, adapted.params())
+    if config.torch_compile:
+        model.compile()
+    return Parts(adapted, tokenizer, data, config)
+
+
+def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
+    """The method; for classification the new head is trained whole, unless the user said what to unfreeze."""
+    if task == CLASSIFY and "unfreeze" not in config.method_args:
+        return get_method(config.method, **config.method_args, unfreeze=head_of(model))
+    return config.build_method()
+
+
+def make_data(rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TrainData:
+    """Tokenized items. Packing that the user asked for must be exact; where it cannot be and was not asked for, samples are padded."""
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))  # type: ignore[union-attr]
+    packing = config.packing and rows.task != CLASSIFY
+    if packing and "packing" in config.model_fields_set:
+        check_packing(model)
+    elif packing:
+        packing = why_not_packable(model) is None
+    return prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder)
+
+
+def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the adapter remembers: enough to load its base again, to talk to it, and to know its data."""
+    facts = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype, "data_hash": data.hash}
+    return facts | {"train_data": config.train_data, "chat_template": tokenizer.chat_template}
+
+
+def seed_everything(seed: int) -> None:
+    """The global generators that models' own inits and dropouts use."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def claim(out: Path, config: TrainConfig, here: World) -> Result | None:
+    """Make `out` this run's folder. A finished run to be resumed is returned; another run's folder is refused."""
+    record = out / "run.json"
+    mine = config.identity()
+    if record.exists():
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        if not config.resume:
+            raise BadParameter(f"{out} already holds a run; use --resume auto to continue it, or another --output-dir")
+        differs = [k for k in mine if mine[k] != saved["config"].get(k)]
+        if differs:
+            k = differs[0]
+            raise BadParameter(f"cannot resume {out}: {k} was {saved['config'].get(k)!r} and is now {mine[k]!r}; use the same configuration")
+        torch.set_num_threads(saved["threads"])  # the number of threads decides the order of sums, and so the bits
+        return read_result(out)
+    if here.main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps({"config": mine, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=1), encoding="utf-8")
+            partial.replace(record)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to output_dir {out}: {error.strerror or error}") from None
+    here.wait()
+    return None
+
+
+def read_result(out: Path) -> Result | None:
+    """The result of a finished run, or None."""
+    file = out / "result.json"
+    if not file.exists():
+        return None
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return Result(out, saved["steps"], saved["final"], saved["trainable_params"], saved["seconds"], saved["notes"])
+
+
+def _finish(parts: Parts, run: Run, out: Path, final: dict[str, float], seconds: float) -> Result:
+    adapted = parts.adapted
+    adapted.meta |= {"metrics": final, "steps": run.at.step}
+    result = Result(out, run.at.step, final, run.table.numel(), round(seconds, 2), adapted.notes)
+    if run.world.main:
+        adapted.save(out / "adapter")
+        rows = read_log(out / "metrics.jsonl")
+        try:
+            draw_curve(rows, out / "curve.png")
+        except ImportError as error:
+            result = replace(result, notes=[*result.notes, f"no curve drawn: {error}"])
+        result.write()
+    run.world.wait()
+    return result

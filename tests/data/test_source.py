@@ -1,0 +1,185 @@
+import json
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.core.errors import DataError, MissingExtra
+from lorakit.data import builtin
+from lorakit.data.source import load_rows
+
+ROWS = [{"text": f"row {i}"} for i in range(40)]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_jsonl_is_split_by_hash_in_file_order(jsonl):
+    train, valid = load_rows(jsonl, "train"), load_rows(str(jsonl), "valid")
+    assert train
+    assert valid
+    assert sorted(train + valid, key=ROWS.index) == ROWS
+    assert train == [row for row in ROWS if row in train]
+    assert load_rows(jsonl, "valid", seed=1) != valid
+    assert len(load_rows(jsonl, "valid", valid_fraction=0.5)) > len(valid)
+
+
+def test_a_validation_source_leaves_the_training_side_whole(jsonl, tmp_path):
+    other = tmp_path / "valid.jsonl"
+    other.write_text('{"text": "held"}\n')
+    assert load_rows(jsonl, "train", valid=other) == ROWS
+    assert load_rows(jsonl, "valid", valid=other) == [{"text": "held"}]
+    assert load_rows(jsonl, "valid", valid="builtin:xml/code") == builtin.load("xml", "code", "valid")
+
+
+def test_separators_inside_strings_do_not_end_lines_and_blank_lines_are_passed_over(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"text": "a\u2028b\u0085c"}\r\n\n{"text": "d"}'.encode())
+    rows = load_rows(path, "train", valid=path)
+    assert rows == [{"text": "a\u2028b\u0085c"}, {"text": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', r"data\.jsonl, line 2 is not JSON \(Expecting value\): '\{\"text\": '"),
+        (b'{"text": "a"}\n["a"]\n', "line 2 is a JSON list, not an object"),
+        (b'\n{"text": "a"}\n\n{"txt": "a"}', r"line 4 has the keys \{txt\}"),
+        (b'{"text": "a"}\n{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 0xff\)"),
+        (b'{"text": "a", "label": ' + b"1" * 5000 + b"}", r"line 1 is not JSON \(it cannot be read\): .{62}; expected"),
+        (b"[" * 100_000, "line 1 is not JSON"),
+        (b"\n \n", "holds no rows"),
+        (b"", "holds no rows"),
+        (b'{"text": "a"}', "1 rows hold 1 distinct ones, too few to split"),
+    ],
+)
+def test_bad_jsonl_is_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        load_rows(path, "train")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@given(st.text(alphabet="ab \n\n", min_size=1, max_size=80), st.floats(0.05, 0.95))
+def test_a_lone_file_is_cut_at_a_line_and_nothing_is_lost(tmp_path_factory, text, fraction):
+    path = tmp_path_factory.mktemp("lone") / "a.txt"
+    path.write_text(text)
+    if len([line for line in text.split("\n") if line.strip()]) < 2:
+        with pytest.raises(DataError, match=r"holds no text|single line"):
+            load_rows(path, "train")
+        return
+    train, valid = ([row["text"] for row in load_rows(path, side, valid_fraction=fraction)] for side in ("train", "valid"))
+    assert train[0] + valid[0] == text
+    assert train[0].strip()
+    assert valid[0].strip()
+    assert train[0].endswith("\n")
+
+
+def test_a_lone_file_holds_out_its_last_tenth(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_text("".join(f"line {i:03}\n" for i in range(100)))
+    assert load_rows(path, "valid")[0]["text"].startswith("line 090")
+
+
+def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
+    texts = {"b.txt": "b", "a/z.py": "z", "a/y.md": "y", "c.rst": "c", "a/__init__.py": ""}
+    passed_over = {".git/x.txt": "x", ".h.txt": "h", "d.bin": "d", "e.jsonl": "{"}
+    for name, text in {**texts, **passed_over}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    rows = load_rows(tmp_path, "train", valid=tmp_path)
+    assert [row["text"] for row in rows] == ["y", "z", "b", "c"]
+    assert len(load_rows(tmp_path, "train")) + len(load_rows(tmp_path, "valid")) == 4
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"a\nb\n\xe9")
+    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.jsonl").write_text("{}")
+    for name, message in {
+        "bad.txt": r"bad\.txt, line 3 is not UTF-8 \(byte 0xe9\)",
+        "table.csv": r"ends in '\.csv', which is not read; expected a folder or a file ending in one of \.jsonl",
+        "empty": r"holds no text in files ending in \.txt, \.md, \.rst, \.py$",
+        "lines": r"to read its JSON Lines, name the file: .*train\.jsonl",
+        "tabel.csv": r"is no file or folder\. Did you mean '.*table\.csv'\?",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            load_rows(tmp_path / name, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("asyncio/code", "Did you mean 'builtin:asyncio/code'"),
+        ("someone/dataset", "for a dataset of the Hub 'hf:someone/dataset'"),
+        ("x" * 400, "no file or folder"),
+        ("a\0b", "no file or folder"),
+        ("builtin:asyncoi/code", "Did you mean 'builtin:asyncio/code'"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_what_to_type(name, message):
+    with pytest.raises(DataError, match=message):
+        load_rows(name, "train")
+
+
+def test_an_unknown_split_is_refused(jsonl):
+    with pytest.raises(DataError, match="'train' or 'valid'"):
+        load_rows(jsonl, "test")
+
+
+def hub(monkeypatch, load):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+
+
+def test_a_hub_dataset_keeps_its_own_validation_split_or_is_split_by_hash(monkeypatch):
+    asked = []
+    splits = {"train": ROWS, "validation": [{"text": "held"}]}
+    hub(monkeypatch, lambda *args: asked.append(args) or splits)
+    assert load_rows("hf:org/name:config", "train") == ROWS
+    assert load_rows("hf:org/name", "valid") == [{"text": "held"}]
+    assert asked == [("org/name", "config"), ("org/name", None)]
+    del splits["validation"]
+    train, valid = load_rows("hf:org/name", "train"), load_rows("hf:org/name", "valid")
+    assert len(train) + len(valid) == len(ROWS)
+    assert valid
+    assert load_rows("hf:org/name", "train", valid="hf:org/name") == ROWS
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def offline(*_):
+        raise ConnectionError("cannot reach the Hub\nlong story")
+
+    hub(monkeypatch, offline)
+    with pytest.raises(DataError, match=r"hf:a/b could not be loaded \(ConnectionError: cannot reach the Hub\)"):
+        load_rows("hf:a/b", "train")
+    hub(monkeypatch, lambda *_: {"test": ROWS})
+    with pytest.raises(DataError, match="no split called 'train'; it has 'test'"):
+        load_rows("hf:a/b", "train")
+    hub(monkeypatch, lambda *_: {"train": [{"question": "a"}]})
+    with pytest.raises(DataError, match=r"hf:a/b, train row 1 has no known set of keys: \{question\}"):
+        load_rows("hf:a/b", "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'lorakit\[data\]'"):
+        load_rows("hf:a/b", "train")
+
+
+@pytest.mark.slow
+def test_the_real_datasets_library_reads_a_local_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "set" / "validation.jsonl").write_text('{"text": "held"}\n')
+    assert load_rows(f"hf:{tmp_path / 'set'}", "train") == ROWS
+    assert load_rows(f"hf:{tmp_path / 'set'}", "valid") == [{"text": "held"}]

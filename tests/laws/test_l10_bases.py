@@ -1,0 +1,78 @@
+"""L10: every method works over every base: storage, bias, fused rows, embedding lookup, bf16."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from lorakit import attach, list_methods
+from tests.laws.steps import Run
+from tests.laws.subject import awaken, base, batch, far, logits, same_bits, small
+from tests.laws.test_l2_l3_weight import inputs, part_of_output
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to attach, and what the host module must look like there."""
+
+    arch: str
+    sites: Any
+    host: type
+    bias: bool
+    dtype: torch.dtype = torch.float32
+    fused: bool = False
+
+
+HALF = torch.bfloat16
+BASES = {
+    "linear": Place("llama", "all-linear", torch.nn.Linear, False),
+    "linear+bias": Place("bert", "all-linear", torch.nn.Linear, True),
+    "conv1d": Place("gpt2", "all-linear", Conv1D, True),
+    "conv1d rows": Place("gpt2", ["c_attn[q]", "c_attn[v]"], Conv1D, True, fused=True),
+    "interleaved rows": Place("gpt_neox", ["query_key_value[q]", "query_key_value[v]"], torch.nn.Linear, True, fused=True),
+    "embedding": Place("llama", "embedding", torch.nn.Embedding, False),
+    "linear bf16": Place("llama", "all-linear", torch.nn.Linear, False, HALF),
+    "conv1d rows bf16": Place("gpt2", ["c_attn[q]", "c_attn[v]", "c_proj"], Conv1D, True, HALF),
+    "embedding bf16": Place("llama", "embedding", torch.nn.Embedding, False, HALF),
+    "float64": Place("qwen2", "all-linear", torch.nn.Linear, False, torch.float64),
+}
+
+
+def check_L10(name: str, label: str) -> None:
+    place = BASES[label]
+    coarse = place.dtype == HALF
+    model = base(place.arch, place.dtype)
+    start = logits(model, batch())
+    method = small(name, sites=place.sites)
+    adapted = attach(model, method)
+    assert all(p.tensor.dtype == torch.promote_types(place.dtype, torch.float32) for p in adapted.params())  # one trainable dtype
+    for branch in adapted.branches():
+        assert isinstance(branch.host.module, place.host)
+        assert not place.fused or branch.site.rows is not None
+    if method.identity:
+        assert far(logits(model, batch()), start) < (2e-2 if coarse else 1e-5)
+    awaken(adapted)
+    with torch.no_grad():
+        for branch in adapted.branches():
+            x = inputs(branch, dtype=place.dtype)
+            part, y = part_of_output(branch, x, adapted)
+            W = branch.weight()
+            want = W.T[x] if branch.site.kind == "embedding" else x.to(W.dtype) @ W.T
+            assert part.dtype == y.dtype == place.dtype
+            scale = torch.maximum(y.abs().max(), want.abs().max())  # an anchored delta is a difference of parts as large as y
+            assert (part.to(W.dtype) - want).abs().max() < (3e-2 if coarse else 1e-4) * scale, (branch.site.name, far(part.to(W.dtype), want))
+    live, frozen = logits(model, batch()), {b.site.name: b.host.module.weight.detach().clone() for b in adapted.branches()}
+    assert far(logits(adapted.merge(), batch()).double(), live.double()) < (0.1 if coarse else 1e-4)
+    adapted.unmerge()
+    before = {p.name: p.tensor.detach().clone() for p in adapted.params()}
+    Run(adapted, total=8).step()
+    assert all(not torch.equal(p.tensor, before[p.name]) and torch.isfinite(p.tensor).all() for p in adapted.params())
+    assert all(same_bits(b.host.module.weight.detach(), frozen[b.site.name]) for b in adapted.branches())
+
+
+@pytest.mark.parametrize("label", BASES)
+@pytest.mark.parametrize("name", list_methods())
+def test_L10(name: str, label: str) -> None:
+    check_L10(name, label)

@@ -1,0 +1,59 @@
+"""L11: a compiled adapted layer equals eager: one graph, no recompile across steps (dropout's key changes); aot_eager for all, inductor slow."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lorakit import Adapted, list_methods
+from tests.laws.subject import far, has_dropout, subject
+
+
+def layers(adapted: Adapted) -> list[nn.Module]:
+    """One plain and one fused adapted module."""
+    return list({id(b.host.module): b.host.module for b in adapted.branches()}.values())[:2]
+
+
+def passes(layer: nn.Module, call: nn.Module, adapted: Adapted, steps: int) -> list[Tensor]:
+    """Outputs and gradients of some training steps, each under its own key."""
+    found = []
+    tensors = [p for p in layer.parameters() if p.requires_grad]
+    for i in range(steps):
+        x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(i), requires_grad=True)
+        with adapted.given(step=i):
+            y = call(x)
+        found += [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *tensors])]
+    return found
+
+
+def check_L11(name: str, *, backend: str = "aot_eager", tolerance: float = 1e-6) -> None:
+    adapted = subject(name, "gpt2", sites=["c_attn[q]", "c_attn[v]", "c_fc"], dropout=0.25)
+    adapted.model.train()
+    for layer in layers(adapted):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        eager = passes(layer, layer, adapted, 4)
+        try:
+            compiled = passes(layer, torch.compile(layer, backend=counter, fullgraph=True), adapted, 4)
+        except torch._dynamo.exc.TorchDynamoException as broken:
+            raise AssertionError(f"{name} breaks the graph: {broken}") from broken
+        assert counter.frame_count == 1, f"{counter.frame_count} graphs were compiled for 4 steps"
+        assert all(far(c, e) < tolerance for c, e in zip(compiled, eager, strict=True))
+        if has_dropout(name):
+            x = torch.ones(3, 5, 32)
+            with adapted.given(step=0):
+                one = layer(x)
+            with adapted.given(step=1):
+                assert not torch.equal(layer(x), one), "the mask does not follow the step"
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_L11(name: str) -> None:
+    check_L11(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch warns of itself
+@pytest.mark.parametrize("name", list_methods())
+def test_L11_inductor(name: str) -> None:
+    check_L11(name, backend="inductor", tolerance=1e-4)

@@ -1,0 +1,63 @@
+"""L15: what an adapted layer saves for backward, in elements a token, is at most what is declared, counted by saved_tensors_hooks.
+
+The frozen linear layer saves nothing but its weight. Of its input x [n, d_in] and output y [n, d_out] a branch with R = delta.bound() may save
+    plain, A trained    d_in + R          x for A's gradient, z for B's
+    plain, A frozen     R                 z only (LoRA-FA)
+    combined (γ)        + 2 d_out         the frozen output and the delta's, for γ's gradient
+    dropout             + d_in            the mask (and with γ the dropped x instead of x)
+A method outside this form declares its own count in DECLARED.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit import attach, list_methods
+from lorakit.core.layer import Branch
+from tests.laws.subject import awaken, base, has_dropout, small
+
+TOKENS = 1009  # prime, so that what is saved a token is told from what is not by its size
+DECLARED: dict[str, Callable[[Branch, bool], int]] = {}
+
+
+def allowed(name: str, branch: Branch, dropout: bool) -> int:
+    """Elements a token."""
+    if name in DECLARED:
+        return DECLARED[name](branch, dropout)
+    site, trains_A = branch.site, "A" in branch.delta.trains
+    return site.d_in * trains_A + branch.delta.bound() + 2 * site.d_out * bool(branch.combine.trains) + site.d_in * dropout
+
+
+def saved(module: nn.Module, x: Tensor) -> tuple[float, int]:
+    """(elements a token, other elements) of the distinct tensors that forward keeps for backward, its parameters and buffers aside."""
+    own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t  # alive, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    sizes = [t.untyped_storage().nbytes() // t.element_size() for t in kept.values()]
+    return sum(n for n in sizes if n % TOKENS == 0) / TOKENS, sum(n for n in sizes if n % TOKENS)
+
+
+def check_L15(name: str) -> None:
+    for dropout in (False, True) if has_dropout(name) else (False,):
+        model = base("llama", hidden_size=64, intermediate_size=160)
+        adapted = awaken(attach(model, small(name, sites=["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"], dropout=0.25 * dropout)))
+        model.train()
+        for branch in adapted.branches():
+            x = torch.randn(TOKENS, branch.site.d_in, requires_grad=True)
+            a_token, once = saved(branch.host.module, x)
+            assert a_token <= allowed(name, branch, dropout), (branch.site.name, dropout, a_token)
+            assert once <= 4 * (branch.site.d_in + branch.site.d_out) * branch.delta.bound(), "more than gated or joined factors"
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_L15(name: str) -> None:
+    check_L15(name)
