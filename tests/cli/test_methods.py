@@ -183,15 +183,12 @@ def test_a_fresh_plugin_passes_its_own_test(tmp_path):
     assert "2 passed" in python("-m", "pytest", "-q", "test_lorakit_foo.py", cwd=tmp_path, path=[tmp_path, REPOSITORY / "src"])
 
 
-@pytest.mark.parametrize("in_checkout", [True, False])
-def test_fresh_files_are_clean(tmp_path, in_checkout):
+def test_fresh_files_are_clean(checkout):
     pytest.importorskip("ruff")
-    if in_checkout:
-        (tmp_path / "src/lorakit/methods").mkdir(parents=True)
-    run("new-method", "foo", "--root", str(tmp_path))
-    (tmp_path / "pyproject.toml").write_bytes((REPOSITORY / "pyproject.toml").read_bytes())
-    python("-m", "ruff", "check", "--no-cache", ".", cwd=tmp_path, path=[])
-    python("-m", "ruff", "format", "--no-cache", "--check", ".", cwd=tmp_path, path=[])
+    run("new-method", "foo", "--root", str(checkout))
+    (checkout / "pyproject.toml").write_bytes((REPOSITORY / "pyproject.toml").read_bytes())
+    python("-m", "ruff", "check", "--no-cache", ".", cwd=checkout, path=[])
+    python("-m", "ruff", "format", "--no-cache", "--check", ".", cwd=checkout, path=[])
 
 
 @pytest.mark.slow

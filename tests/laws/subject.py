@@ -28,7 +28,13 @@ def base(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: A
 
 
 def subject(
-    name: str, arch: str = "llama", *, dtype: torch.dtype = torch.float32, awake: bool = True, model: dict[str, Any] | None = None, **kwargs: Any
+    name: str,
+    arch: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    awake: bool = True,
+    model: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Adapted:
     """A fresh tiny model with the method attached, away from its start when `awake`."""
     adapted = attach(base(arch, dtype, **(model or {})), small(name, **kwargs))
@@ -71,7 +77,9 @@ def everything(model: nn.Module) -> dict[str, Tensor]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every bit (NaN included)."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))
+    )
 
 
 def far(a: Tensor, b: Tensor) -> float:

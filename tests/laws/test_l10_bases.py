@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
-
-from lorakit import attach, list_methods
 from tests.laws.steps import Run
 from tests.laws.subject import awaken, base, batch, far, logits, same_bits, small
 from tests.laws.test_l2_l3_weight import inputs, part_of_output
+from transformers.pytorch_utils import Conv1D
+
+from lorakit import attach, list_methods
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def check_L10(name: str, label: str) -> None:
             want = W.T[x] if branch.site.kind == "embedding" else x.to(W.dtype) @ W.T
             assert part.dtype == y.dtype == place.dtype
             scale = torch.maximum(y.abs().max(), want.abs().max())  # an anchored delta is a difference of parts as large as y
-            assert (part.to(W.dtype) - want).abs().max() < (3e-2 if coarse else 1e-4) * scale, (branch.site.name, far(part.to(W.dtype), want))
+            assert (part.to(W.dtype) - want).abs().max() < (3e-2 if coarse else 1e-4) * scale, (
+                branch.site.name,
+                far(part.to(W.dtype), want),
+            )
     live, frozen = logits(model, batch()), {b.site.name: b.host.module.weight.detach().clone() for b in adapted.branches()}
     assert far(logits(adapted.merge(), batch()).double(), live.double()) < (0.1 if coarse else 1e-4)
     adapted.unmerge()

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.laws.subject import far, has_dropout, subject
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lorakit import Adapted, list_methods
-from tests.laws.subject import far, has_dropout, subject
 
 
 def layers(adapted: Adapted) -> list[nn.Module]:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from lorakit import Adapted, attach, list_methods
 from tests.laws.steps import Run
 from tests.laws.subject import base, batch, has_dropout, logits, same_bits, small
+
+from lorakit import Adapted, attach, list_methods
 
 
 def starts(name: str, *, seed: int = 0, sites: object = "all-linear") -> Adapted:
@@ -44,7 +44,7 @@ def check_L12_masks(name: str) -> None:
         with adapted.given(step=step, seed=seed):
             now = logits(adapted.model.train(), batch())
         same = [k for k, v in out.items() if same_bits(v, now)]
-        assert same == ([(0, 0)] if (step, seed) in out or not has_dropout(name) and out else [])
+        assert same == ([(0, 0)] if (step, seed) in out or (not has_dropout(name) and out) else [])
         out.setdefault((step, seed), now) if has_dropout(name) or not out else None
 
 

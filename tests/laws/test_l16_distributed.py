@@ -8,23 +8,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from tests.laws.steps import Run
+from tests.laws.subject import batch, far, logits, same_bits, subject
 from torch import Tensor
 
 from lorakit import list_methods
 from lorakit.train.distributed import shard
-from tests.laws.steps import Run
-from tests.laws.subject import batch, far, logits, same_bits, subject
 
 RANKS, STEPS = 2, 3
 
 
-def trained(name: str, rank: int | None) -> dict[str, Tensor]:
-    """The first step's gradients and the tensors after three; of one process on whole batches when `rank` is None."""
+def trained(name: str, rank: int | None, *, forget: bool = False) -> dict[str, Tensor]:
+    """The first step's gradients and the tensors after three; of one process on whole batches when `rank` is None. `forget` is for mutants."""
     adapted = subject(name, model={"num_hidden_layers": 2})
     gradients: list[Tensor] = []
 
     def reduce(grads: list[Tensor]) -> None:
-        for g in grads if rank is not None else ():
+        for g in grads if rank is not None and not forget else ():
             dist.all_reduce(g)
             g /= RANKS
         if not gradients:
@@ -41,12 +41,12 @@ def trained(name: str, rank: int | None) -> dict[str, Tensor]:
     return {f"grad {p.name}": g for p, g in zip(adapted.params(), gradients, strict=True)} | adapted.tensors("default") | {"logits": out}
 
 
-def work(rank: int, folder: str, names: list[str]) -> None:
+def work(rank: int, folder: str, names: list[str], forget: bool = False) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
         for name in names:
-            torch.save({k: v.detach().clone() for k, v in trained(name, rank).items()}, f"{folder}/{name}.{rank}")
+            torch.save({k: v.detach().clone() for k, v in trained(name, rank, forget=forget).items()}, f"{folder}/{name}.{rank}")
     finally:
         dist.destroy_process_group()
 

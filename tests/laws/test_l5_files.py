@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.laws.subject import base, batch, logits, same_bits, subject
 
 import lorakit
 from lorakit import list_methods
-from tests.laws.subject import base, batch, logits, same_bits, subject
 
 PLACES = (("llama", ["all-linear", "embedding"], ()), ("gpt2", ["c_attn[q]", "c_attn[v]", "mlp"], ()), ("bert", "attention", ("cls",)))
 

@@ -69,7 +69,7 @@ def read_weights(path: Path | None, folder: Path, name: str) -> bytes:
     """The bytes of a folder's weights file."""
     if path is None:
         pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
-        raise CheckpointError(refusal(pickles[0]) if pickles else f"{folder} has no {name}; it was not copied whole, or its save was cut off")
+        raise CheckpointError(refusal(pickles[0]) if pickles else f"{folder} has no {name}: it was not copied whole")
     return path.read_bytes()
 
 

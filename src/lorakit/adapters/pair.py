@@ -1,6 +1,6 @@
 """One module's low-rank pair, as PEFT stores it: ΔW = s · B · diag(E) · A, rescaled row by row by m where there is one.
 
-A part of a fused weight (c_attn[q]) becomes the whole one: its B is padded with rows of zeros, and the ranks of several parts follow each other.
+A part of a fused weight (c_attn[q]) becomes the whole one: its B is padded with rows of zeros, the ranks of several parts follow each other.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,9 @@ def change(adapter: Adapter, site: Site, delta: Delta, model: nn.Module | None) 
     if isinstance(method.combine, AddSpec):
         return delta.weight()
     if model is None:
-        raise NotExportable(f"{adapter.recipe.name} rescales W itself: its change of the weight is known with the base only; give the model (--model)")
+        raise NotExportable(
+            f"{adapter.recipe.name} rescales W itself: its change of W is known with the base only; give the model (--model)"
+        )
     base = seen(model, site, delta)
     combine = method.combine.build(site, base, delta.to(base.device))
     combine.load_state_dict({k: v for k, v in adapter.of(site).items() if k in combine.state_dict()})
@@ -70,7 +72,9 @@ def _joined(module: str, group: list[tuple[Site, Pair]], model: nn.Module | None
     if first.rows is None and not others:
         return pair
     if model is None:
-        raise NotExportable(f"{first.name} is a part of a fused weight, which PEFT adapts as a whole: give the model (--model) so that its shape is known")
+        raise NotExportable(
+            f"{first.name} is part of a fused weight, which PEFT adapts as a whole: give the model (--model) to know its shape"
+        )
     base = base_of(model.get_submodule(module))
     s = max((p.s for _, p in group), key=abs) or 1.0
     B = torch.cat([_spread(p.B * (p.s / s), site, base.shape[0]) for site, p in group], dim=1)
@@ -78,7 +82,7 @@ def _joined(module: str, group: list[tuple[Site, Pair]], model: nn.Module | None
     if pair.m is not None:  # rows of no part keep their own norm
         m = base.dense(torch.float32).norm(dim=1).cpu()
         for site, p in group:
-            m[rows_of(site)] = p.m  # type: ignore[assignment]
+            m[rows_of(site)] = p.m
     return Pair(pair.kind, torch.cat([p.A for _, p in group]), B, s, m=m)
 
 

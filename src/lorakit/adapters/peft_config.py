@@ -98,7 +98,7 @@ HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 """Inits that leave the base alone: of a finished adapter they say nothing any more."""
 INITS = (*HARMLESS, "pissa")
 """Of those that change the base only PiSSA's exact one can be repeated exactly."""
-CHANGED_BASE = "it changed the base's weights in a way that loading cannot repeat exactly: save it with path_initial_model_for_weight_conversion"
+CHANGED_BASE = "it changed the base in a way that loading cannot repeat exactly; save it with path_initial_model_for_weight_conversion"
 
 DETERMINED = {
     "alpha_pattern", "bias", "fan_in_fan_out", "inference_mode", "init_r", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern",
@@ -136,7 +136,8 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
 def _refuse(config: Mapping[str, Any], path: Path) -> None:
     for name, value in sorted(config.items()):
         if name not in FOLLOWED and value not in (None, False, {}, []) and value != LORA.get(name):
-            raise NotExportable(f"{path}: {name}={value!r} cannot be followed: {REASONS.get(name, 'lorakit does not know what it changes')}")
+            reason = REASONS.get(name, "lorakit does not know what it changes")
+            raise NotExportable(f"{path}: {name}={value!r} cannot be followed: {reason}")
     init = config.get("init_lora_weights", True)
     if init not in INITS:
         raise NotExportable(f"{path}: init_lora_weights={init!r} cannot be followed: {CHANGED_BASE}")

@@ -5,6 +5,8 @@
     pissa      LORA, init pissa     A and B alone: PEFT subtracts the principal part from the base again when it loads
     adalora    ADALORA              the triplets that were not pruned
     closest    LORA                 the best s·B·A of a given rank, for what has no factors; not exact
+
+All but the last are exact up to the rounding of fp32.
 """
 
 import math
@@ -27,7 +29,7 @@ from lorakit.core.site import Site
 
 @dataclass(frozen=True)
 class Form:
-    """Pairs by module. `rank` is how ranks and scales would best be said; `restorable`: whether the adapter itself can be read back from the pairs."""
+    """Pairs by module. `rank`: how ranks and scales are best said. `restorable`: whether the adapter itself can be read back from the pairs."""
 
     pairs: dict[str, Pair]
     rank: Rank | None = None
@@ -50,7 +52,7 @@ def form_of(adapter: Adapter, *, native: bool, svd_rank: int | None, model: nn.M
         return plain(adapter, model)
     except NotExportable as error:
         if svd_rank is None:
-            raise NotExportable(f"{error}; svd_rank=R (--svd-rank R) writes the closest plain LoRA of rank R and says how far off it is") from None
+            raise NotExportable(f"{error}; svd_rank=R (--svd-rank R) writes the closest plain LoRA of rank R, and its error") from None
         return closest(adapter, svd_rank, model)
 
 
@@ -69,8 +71,9 @@ def plain(adapter: Adapter, model: nn.Module | None) -> Form:
     if gated:
         pairs = _pruned(pairs)
     modules, even = by_module(pairs, model)
-    rank = spec.rank if isinstance(spec, LowRankSpec) else None
-    return Form(modules, _doubled(rank) if rank and "anchor" in spec.provides else rank, restorable=rank is not None and even and not gated)  # type: ignore[union-attr]
+    if not isinstance(spec, LowRankSpec):
+        return Form(modules)
+    return Form(modules, _doubled(spec.rank) if spec.anchor else spec.rank, restorable=even and not gated)
 
 
 def dora(adapter: Adapter, model: nn.Module | None) -> Form | None:
@@ -111,8 +114,8 @@ def adalora(adapter: Adapter, model: nn.Module | None) -> Form | None:
 
 
 ADALORA_FIELDS = {
-    "init_r": "r", "target_r": "target_r", "lora_alpha": "alpha", "tinit": "tinit", "tfinal": "tfinal", "deltaT": "delta_t", "beta1": "beta1", "beta2": "beta2",
-    "orth_reg_weight": "orth",
+    "init_r": "r", "target_r": "target_r", "lora_alpha": "alpha", "tinit": "tinit", "tfinal": "tfinal", "deltaT": "delta_t",
+    "beta1": "beta1", "beta2": "beta2", "orth_reg_weight": "orth",
 }  # fmt: skip
 """PEFT's field -> our argument."""
 
@@ -158,7 +161,8 @@ def _plain_sites(adapter: Adapter) -> bool:
 
 def _doubled(rank: Rank) -> Rank:
     """Twice the rank at the same scale, for the linear rule."""
-    ranks, alphas = (tuple((key, 2 * value) for key, value in pattern) for pattern in (rank.rank_pattern, rank.alpha_pattern))
+    ranks = tuple((key, 2 * r) for key, r in rank.rank_pattern)
+    alphas = tuple((key, 2 * alpha) for key, alpha in rank.alpha_pattern)
     return Rank(2 * rank.r, 2 * rank.alpha, rank.rule, ranks, alphas)
 
 

@@ -2,7 +2,9 @@
 
     base_model.model.<module>.lora_A.weight [r, in] · lora_B.weight [out, r] · lora_magnitude_vector [out]
     base_model.model.<embedding>.lora_embedding_A [r, vocabulary] · lora_embedding_B [dim, r]
-    AdaLoRA: .lora_A · .lora_B · .lora_E [r, 1], without ".weight"
+    <module>.lora_A [r, in] · lora_B [out, r] · lora_E [r, 1]
+
+The last line is AdaLoRA's. DoRA's magnitude and what belongs to an embedding have no ".weight" either.
 """
 
 import re

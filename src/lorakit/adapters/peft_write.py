@@ -1,11 +1,10 @@
 """An adapter written as a folder that PEFT loads: adapter_config.json, adapter_model.safetensors, and lorakit.json beside them.
 
-lorakit.json says what the adapter was: with it the folder reads back as the very same adapter, recipe included. It names the two other files by their
-digests, so that a folder that PEFT has saved over since is read as what it is now. Nothing here touches the network.
+With lorakit.json, which says what the adapter was, the folder reads back as the very same adapter, recipe included. Nothing here touches
+the network.
 """
 
 import fnmatch
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,20 @@ from torch import Tensor, nn
 
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG, DEFAULTS, DETERMINED, HARMLESS, check_config
+from lorakit.adapters.peft_files import SIDE, WEIGHTS, digests
 from lorakit.adapters.peft_form import Form, form_of
-from lorakit.adapters.peft_names import CONV1D, HEADS, PREFIX, VOCABULARY, key_of, matches_entry, module_names, saved_module, selected, targets
+from lorakit.adapters.peft_names import (
+    CONV1D,
+    HEADS,
+    PREFIX,
+    VOCABULARY,
+    key_of,
+    matches_entry,
+    module_names,
+    saved_module,
+    selected,
+    targets,
+)
 from lorakit.adapters.peft_rank import config_of, expressed, number
 from lorakit.adapters.record import record_of, to_json
 from lorakit.adapters.weights import floats, pack
@@ -26,9 +37,6 @@ from lorakit.core.base import Transposed, base_of
 from lorakit.core.errors import AdapterMismatch, CheckpointError, NotExportable, did_you_mean
 from lorakit.core.lowrank import LowRankSpec
 from lorakit.core.site import sites_of
-
-WEIGHTS = "adapter_model.safetensors"
-SIDE = "lorakit.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def to_peft(
 
     native: PEFT's own type where it has one (DoRA, PiSSA, AdaLoRA); else the exact plain LoRA, which changes no base when PEFT loads it.
     svd_rank: what has no exact form is approximated at this rank, and the result says how far off it is.
-    model: the base; needed for parts of fused weights and for changes of W that depend on W. With it module lists are shortest, without it full names.
+    model: the base; needed for parts of fused weights and for changes that depend on W. Module lists are shortest with it, full names without.
     base_model, task_type: what PEFT's Auto classes ask for.
     save_embedding_layers: write the base weights of adapted embeddings too, as PEFT does (it needs them only if they were changed).
     """
@@ -83,17 +91,13 @@ def to_peft(
     return Exported(write_files(folder, {**files, SIDE: to_json(side)}), form.peft_type, form.errors, form.total)
 
 
-def digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    """sha256 by file name."""
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-
-
 def _fits(adapter: Adapter, model: nn.Module | None) -> None:
     here = {s.name: s for s in sites_of(model)} if model is not None else {s.name: s for s in adapter.sites}
     for site in adapter.sites:
         found = here.get(site.name)
         if found is None or (found.d_in, found.d_out, found.rows) != (site.d_in, site.d_out, site.rows):
-            raise AdapterMismatch(f"the adapter's site {site.name!r} ({site.d_out} × {site.d_in}) is not in this model. {did_you_mean(site.name, here)}")
+            shape = f"{site.d_out} × {site.d_in}"
+            raise AdapterMismatch(f"the adapter's site {site.name!r} ({shape}) is not in this model. {did_you_mean(site.name, here)}")
 
 
 # ------------------------------------------------------------------------------------------------------- modules trained as a whole
@@ -159,7 +163,7 @@ def _base_weights(form: Form, model: nn.Module | None) -> dict[str, Tensor]:
     if model is None:
         raise NotExportable("save_embedding_layers needs the base: give the model")
     modules = [name for name in form.pairs if name.split(".")[-1] in VOCABULARY]
-    return {f"{PREFIX}{name}.base_layer.weight": model.get_submodule(name).weight.detach() for name in modules}  # type: ignore[union-attr, misc]
+    return {f"{PREFIX}{name}.base_layer.weight": model.get_submodule(name).weight.detach() for name in modules}  # type: ignore[operator]
 
 
 def _config(adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str, str], model: nn.Module | None) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _config(adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str,
     config["init_lora_weights"] = config["init_lora_weights"] if config["init_lora_weights"] in HARMLESS else True
     config |= {"modules_to_save": _saved_list(config, saved, model), "bias": _bias(biases), "lora_dropout": _dropout(adapter)}
     config["fan_in_fan_out"] = any(_is_conv1d(name, model) for name in form.pairs)
-    config |= SAID[form.peft_type](form)
+    config |= SAID[form.peft_type](form, config)
     config |= {name: number(value) if isinstance(value, float) else value for name, value in form.fields.items()}
     if not selected(config, form.pairs, model):
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
@@ -179,16 +183,16 @@ def _config(adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str,
     return config
 
 
-def _ranks(form: Form) -> dict[str, Any]:
+def _ranks(form: Form, before: Mapping[str, Any]) -> dict[str, Any]:
     return config_of(expressed(form.rank, {name: (pair.r, pair.s) for name, pair in form.pairs.items()}))
 
 
-def _schedule(form: Form) -> dict[str, Any]:
+def _schedule(form: Form, before: Mapping[str, Any]) -> dict[str, Any]:
     """A finished adapter has no schedule left, but PEFT refuses to load one without a number of steps that fits it."""
-    return {"total_step": form.fields["tinit"] + form.fields["tfinal"] + 1}
+    return {"total_step": max(before["total_step"] or 0, form.fields["tinit"] + form.fields["tfinal"] + 1)}
 
 
-SAID: dict[str, Callable[[Form], dict[str, Any]]] = {"LORA": _ranks, "ADALORA": _schedule}
+SAID: dict[str, Callable[[Form, Mapping[str, Any]], dict[str, Any]]] = {"LORA": _ranks, "ADALORA": _schedule}
 """What a form says in the fields of its type."""
 
 

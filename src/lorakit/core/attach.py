@@ -261,7 +261,7 @@ class Adapted:
         for module in [m for m in self.model.modules() if isinstance(getattr(m, "lora", None), Slot)]:
             slot = module.lora
             for key in [k for k in slot.branches if k.split("[")[0] in names]:  # type: ignore[union-attr]
-                del slot.branches[key]  # type: ignore[union-attr]
+                del slot.branches[key]  # type: ignore[union-attr, operator]
             if not slot.branches:  # type: ignore[union-attr]
                 restore(module)
         forgotten = [entry for name in names for entry in self.unfrozen.pop(name, [])]
@@ -340,7 +340,7 @@ def _carry_context(model: nn.Module, cell: Cell) -> None:
                 "reentrant activation checkpointing cannot restore an adapter's context; "
                 "use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
-        module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **func.keywords, context_fn=cell.checkpoint_contexts)
+        module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **func.keywords, context_fn=cell.checkpoint_contexts)  # type: ignore[assignment]
 
 
 def _leave_context(model: nn.Module, cell: Cell) -> None:
@@ -348,7 +348,7 @@ def _leave_context(model: nn.Module, cell: Cell) -> None:
         func = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(func, "keywords", {}).get("context_fn") == cell.checkpoint_contexts:
             rest = {k: v for k, v in func.keywords.items() if k != "context_fn"}  # type: ignore[union-attr]
-            module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **rest)  # type: ignore[union-attr]
+            module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **rest)  # type: ignore[union-attr, assignment]
 
 
 def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Site]:
@@ -375,7 +375,7 @@ def _branch(site: Site, host: Base, method: Method, seed: int, what: Method | Ad
     assert method.delta is not None
     dtype = torch.promote_types(host.dtype, torch.float32)
     delta = method.delta.build(site, dtype=dtype, device=host.device)
-    shell = Branch(site, host, delta, _Unset())  # gives the init the base as the site sees it
+    shell = Branch(site, host, delta, _Unset())  # type: ignore[arg-type]  # gives the init the base as the site sees it
     if method.init is not None and isinstance(what, Method):
         method.init(delta, shell.base, site, random.generator(seed, site.name))
     shell.combine = method.combine.build(site, shell.base, delta)

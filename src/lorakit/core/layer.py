@@ -81,7 +81,7 @@ class Branch(nn.Module):
         else:
             change = self.combine(x, y.index_select(-1, self.index), self.base, self.delta, ctx)
             change = torch.zeros_like(y, dtype=change.dtype).index_copy(-1, self.index, change)
-        return (change if self.w == 1.0 else self.w * change).to(y.dtype)
+        return (change if self.w == 1.0 else self.w * change).to(y.dtype)  # type: ignore[no-any-return]
 
     def weight(self) -> Tensor:
         """The change of the module's whole weight W, d_out × d_in, at the branch's current scale."""
@@ -116,7 +116,7 @@ class Slot(nn.Module):
 def adapt(module: nn.Module, slot: Slot) -> None:
     """Swap the module's class and hang the slot on it."""
     module.lora = slot
-    module.__class__ = adapted_class(type(module))
+    module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
 
 
 def restore(module: nn.Module) -> None:
@@ -140,5 +140,5 @@ def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _unpickled(plain: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(plain)
+    cls = adapted_class(plain)  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
     return cls.__new__(cls)

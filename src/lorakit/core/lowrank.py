@@ -22,6 +22,12 @@ from lorakit.ops import reference as ops
 class LowRank(Delta):
     """One site's A [r, d_in], B [d_out, r], and optionally g [r], A0 [r, d_in], B0 [d_out, r]."""
 
+    A: nn.Parameter
+    B: nn.Parameter
+    g: nn.Parameter | None
+    A0: Tensor | None
+    B0: Tensor | None
+
     def __init__(self, site: Site, spec: "LowRankSpec", *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.r, self.s = spec.rank.at(site)
@@ -51,7 +57,7 @@ class LowRank(Delta):
 
     def weight(self) -> Tensor:
         delta = self.B @ (self.A if self.g is None else self.g[:, None] * self.A)
-        if self.A0 is not None:
+        if self.A0 is not None and self.B0 is not None:
             delta = delta - self.B0 @ self.A0
         return self.s * delta
 

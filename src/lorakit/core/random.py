@@ -56,4 +56,4 @@ def _(like: Tensor, key: Tensor, site: int, p: float) -> Tensor:
 
 def dropout(x: Tensor, key: Tensor, site: int, p: float) -> Tensor:
     """Inverted dropout of x whose mask is a pure function of (seed, step, site)."""
-    return x * dropout_mask(x.detach(), key, site, p)
+    return x * dropout_mask(x.detach(), key, site, p)  # type: ignore[no-any-return]

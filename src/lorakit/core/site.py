@@ -82,7 +82,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a supported module, in the convention of this project."""
-    rows, cols = module.weight.shape  # type: ignore[misc, union-attr]
+    rows, cols = module.weight.shape  # type: ignore[misc]
     transposed = _is_conv1d(module) or supported(module) == "embedding"
     return (int(cols), int(rows)) if transposed else (int(rows), int(cols))
 

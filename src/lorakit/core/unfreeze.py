@@ -69,7 +69,7 @@ def _trained(original: nn.Parameter) -> nn.Parameter:
 def cast_inside(module: nn.Module, stored: torch.dtype) -> None:
     """Swap the class so that forward sees the parameters in the input's dtype (for ids: in the dtype they were stored in)."""
     if not hasattr(type(module), "casting"):
-        module.__class__ = _casting_class(type(module), stored)
+        module.__class__ = _casting_class(type(module), stored)  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
 
 
 def stop_casting(module: nn.Module) -> None:
@@ -99,5 +99,5 @@ def _casting_class(plain: type[nn.Module], stored: torch.dtype) -> type[nn.Modul
 
 
 def _unpickled(plain: type[nn.Module], stored: torch.dtype) -> nn.Module:
-    cls = _casting_class(plain, stored)
+    cls = _casting_class(plain, stored)  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
     return cls.__new__(cls)

@@ -7,7 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.adapters.io import load_adapter
+from lorakit.adapters.folder import locate
+from lorakit.adapters.io import RECORD, load_adapter
+from lorakit.adapters.peft_config import CONFIG, read_config
+from lorakit.adapters.record import read_bounded, read_record
 from lorakit.core.attach import Adapted, attach_adapter
 from lorakit.core.errors import BadParameter
 from lorakit.train.source_model import CLASSIFY, load_model, load_tokenizer
@@ -51,9 +54,11 @@ def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | N
 
 
 def recorded(folder: str | Path) -> dict[str, Any]:
-    """What an adapter folder says about itself, without a model: {} for a PEFT folder that names no base."""
-    from lorakit.adapters.io import read_meta
-
-    return read_meta(folder)
-
-
+    """What an adapter folder says about itself, without a model; of a PEFT folder, the base that it names."""
+    own, peft = locate(folder, RECORD), locate(folder, CONFIG)
+    if own is not None:
+        return read_record(read_bounded(own), own).meta
+    if peft is not None:
+        return {"model": read_config(read_bounded(peft), peft).get("base_model_name_or_path")}
+    load_adapter(folder)  # says what is there instead
+    return {}

@@ -71,6 +71,13 @@ class Run:
 
     def train(self) -> dict[str, float]:
         """Run to the end and return the final evaluation."""
+        try:
+            return self._train()
+        finally:
+            if self.log:
+                self.log.close()
+
+    def _train(self) -> dict[str, float]:
         model = self.adapted.model.train()
         if self.at.step == 0:
             if self.log:

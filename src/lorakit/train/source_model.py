@@ -5,8 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from lorakit.core.errors import BadParameter, CheckpointError
 from lorakit.train.config import BUNDLED
@@ -61,9 +68,15 @@ def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        file = Path(chat_template)
-        tokenizer.chat_template = file.read_text(encoding="utf-8") if len(chat_template) < 1024 and file.is_file() else chat_template
+        tokenizer.chat_template = chat_template if "{" in chat_template else _template_in(chat_template)
     return tokenizer
+
+
+def _template_in(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadParameter(f"chat_template={file!r} is neither a Jinja template nor a readable file: {error.strerror}") from None
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def build(config: TrainConfig, here: World) -> Parts:
     data = make_data(rows, config, tokenizer, model)
     adapted.meta = describe_run(config, data, tokenizer)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if here.sharded:
         shard(model, adapted.params())
     if config.torch_compile:

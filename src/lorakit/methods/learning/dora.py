@@ -29,6 +29,7 @@ class Decomposed(Combine):
     """Magnitude m [d_out] trained, direction W + s·BA."""
 
     trains = frozenset({"m"})
+    w2: Tensor
 
     def __init__(self, base: Base, delta: Delta, detach_norm: bool) -> None:
         super().__init__()
@@ -42,10 +43,10 @@ class Decomposed(Combine):
         """n [d_out], at least in fp32."""
         f = delta.factors()
         assert f is not None
-        wide = self.w2.dtype  # type: ignore[union-attr]
+        wide = self.w2.dtype
         A = f.A.to(wide)
         WA = base.matmul(f.A.to(base.dtype)).T.to(wide) if base.dtype == wide else base.dense(wide) @ A.T
-        return ops.row_norm(self.w2, WA, A, f.B.to(wide), f.s)  # type: ignore[arg-type]
+        return ops.row_norm(self.w2, WA, A, f.B.to(wide), f.s)
 
     def gain(self, base: Base, delta: Delta) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
@@ -59,7 +60,7 @@ class Decomposed(Combine):
             frozen = base.matmul(dropped)
         else:
             frozen = y if base.bias is None else y - base.bias
-        return (gain - 1).to(y.dtype) * frozen + gain.to(y.dtype) * delta(dropped, ctx)
+        return (gain - 1).to(y.dtype) * frozen + gain.to(y.dtype) * delta(dropped, ctx)  # type: ignore[no-any-return]
 
     def weight(self, base: Base, delta: Delta) -> Tensor:
         gain = self.gain(base, delta)[:, None]

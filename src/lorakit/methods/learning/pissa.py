@@ -34,7 +34,7 @@ class Principal:
     requires: frozenset[str] = frozenset({"factors", "anchor"})
 
     def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
-        assert isinstance(delta, LowRank)
+        assert isinstance(delta, LowRank) and delta.A0 is not None and delta.B0 is not None
         U, S, Vh = principal(base.dense().cpu(), delta.r, self.niter, rng)
         root = (S / delta.s).sqrt()
         for tensors, value in (((delta.A, delta.A0), root[:, None] * Vh), ((delta.B, delta.B0), U * root)):

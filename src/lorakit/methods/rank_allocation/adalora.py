@@ -91,8 +91,8 @@ class Budget(Controller):
 
     def __init__(self, spec: BudgetSpec, deltas: list[LowRank], total: int) -> None:
         self.spec, self.deltas, self.total = spec, deltas, total
-        self.mean = [[torch.zeros_like(w) for w in (d.A, d.B, d.g)] for d in deltas]
-        self.spread = [[torch.zeros_like(w) for w in (d.A, d.B, d.g)] for d in deltas]
+        self.mean = [[torch.zeros_like(w) for w in _gated(d)] for d in deltas]
+        self.spread = [[torch.zeros_like(w) for w in _gated(d)] for d in deltas]
         self.kept: list[Tensor] = []
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Budget(Controller):
 
     def _score(self, clip: float) -> None:
         for i, delta in enumerate(self.deltas):
-            for j, w in enumerate((delta.A, delta.B, delta.g)):
+            for j, w in enumerate(_gated(delta)):
                 if w.grad is None:
                     continue
                 mean, spread = self.mean[i][j], self.spread[i][j]
@@ -144,7 +144,13 @@ class Budget(Controller):
 
     def _mask(self) -> None:
         for delta, kept in zip(self.deltas, self.kept, strict=True):
-            delta.g.mul_(kept)
+            _gated(delta)[2].mul_(kept)
+
+
+def _gated(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B, g."""
+    assert delta.g is not None
+    return delta.A, delta.B, delta.g
 
 
 @method("adalora", paper="arXiv:2303.10512", survey="3.2.1", kind="controller")

@@ -43,7 +43,7 @@ def corrected(grad: torch.Tensor, A: torch.Tensor, s: float) -> torch.Tensor:
     """g_B (A Aᵀ)⁻¹ / s² for g_B [d_out, r], A [r, d_in]; a tiny ridge keeps a rank-deficient A solvable."""
     gram = A @ A.T
     ridge = 1e-8 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge, grad, left=False) / s**2
+    return torch.linalg.solve(gram + ridge, grad, left=False) / s**2  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Kaiming:
             set_(drawn, normal(drawn, 1.0, rng))
         else:
             bound = 1 / math.sqrt(site.d_in)
-            set_(delta.A, torch.empty(delta.A.shape).uniform_(-bound, bound, generator=rng))  # type: ignore[arg-type, call-overload]
+            set_(delta.A, torch.empty(delta.A.shape).uniform_(-bound, bound, generator=rng))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class OneSided:
             raise BadParameter(f"init={self.factor!r}; expected 'A' (A random, B zero) or 'B' (A zero, B random)")
 
     def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
-        fan_in = site.d_in if self.factor == "A" else delta.B.shape[1]  # type: ignore[union-attr]
+        fan_in = site.d_in if self.factor == "A" else delta.B.shape[1]  # type: ignore[index]
         tensor: Tensor = getattr(delta, self.factor)
         set_(tensor, normal(tensor, 1 / math.sqrt(fan_in), rng))
 

@@ -1,0 +1,154 @@
+"""What an adapter holds: sites, ranks, the norm of every update, its spectrum, bytes, and the base it was made for.
+
+    s·B·A = Q_B (s R_B R_Aᵀ) Q_Aᵀ        B = Q_B R_B,  Aᵀ = Q_A R_A
+
+The singular values of the update are those of the r × r matrix in the middle: the update itself is never formed where there are factors.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.combine import AddSpec
+from lorakit.core.delta import Delta, Factors
+from lorakit.core.errors import MissingExtra
+from lorakit.core.site import Site
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site's update."""
+
+    name: str
+    role: str
+    layer: int | None
+    d_out: int
+    d_in: int
+    rank: int
+    """Of the tensors; an update may use less of it."""
+    norm: float
+    """Frobenius norm of the update."""
+    singular_values: list[float] = field(repr=False)
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the squared singular values' shares: how many directions matter; 0 for an update of zero."""
+        squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
+        if not squares.sum() > 0:
+            return 0.0
+        shares = squares[squares > 0] / squares.sum()
+        return math.exp(-(shares * shares.log()).sum().item())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `lorakit inspect` prints."""
+
+    recipe: str
+    kwargs: dict[str, Any]
+    sites: list[SiteReport]
+    layers: dict[str, float]
+    """Frobenius norm of all updates of a layer; "other" for what lies in none."""
+    bytes: dict[str, int]
+    """Of the tensors, and of each file where a folder is given."""
+    unfrozen: dict[str, list[int]]
+    """Shapes of parameters trained as a whole."""
+    base: dict[str, Any] | None
+    rescales: bool
+    """Whether the method also rescales W: the norms are those of s·B·A alone, the rest depends on the base."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "sites": [{**asdict(s), "effective_rank": s.effective_rank} for s in self.sites]}
+
+    def table(self) -> Table:
+        """For people."""
+        base = self.base or {}
+        size = f"{self.bytes['tensors'] / 1e6:.2f} MB"
+        title = f"{self.recipe}, {len(self.sites)} sites, {size}, made for {base.get('name') or 'an unnamed base'}"
+        note = "norms of s·B·A alone: the method also rescales W" if self.rescales else None
+        table = Table(title=Text(title), caption=note)
+        for column in ("site", "shape", "rank", "effective rank", "norm", "largest σ"):
+            table.add_column(column, justify="left" if column == "site" else "right")
+        for s in self.sites:
+            figures = (f"{s.effective_rank:.1f}", f"{s.norm:.3g}", f"{max(s.singular_values, default=0.0):.3g}")
+            table.add_row(Text(s.name), f"{s.d_out}×{s.d_in}", str(s.rank), *figures)  # Text: the brackets of c_attn[q] are no markup
+        for name, shape in self.unfrozen.items():
+            table.add_row(Text(name), "×".join(map(str, shape)), "whole", "", "", "")
+        return table
+
+
+def inspect_adapter(adapter: Adapter, *, folder: str | Path | None = None) -> Report:
+    """The report of an adapter; with its folder also the sizes of its files."""
+    sites = [_site(site, delta) for site, delta in zip(adapter.sites, adapter.deltas().values(), strict=True)]
+    return Report(
+        adapter.recipe.name,
+        {k: v for k, v in adapter.recipe.kwargs.items() if not callable(v)},
+        sites,
+        _by_layer(sites),
+        {"tensors": sum(t.nbytes for t in adapter.tensors.values())} | _files(folder),
+        {name: list(t.shape) for name, t in adapter.unfrozen().items()},
+        adapter.meta.get("base"),
+        not isinstance(adapter.method().combine, AddSpec),
+    )
+
+
+def singular_values(f: Factors) -> Tensor:
+    """σ of s·B·A, largest first: [min(r, d_in, d_out)]."""
+    left, right = torch.linalg.qr(f.B.double()).R, torch.linalg.qr(f.A.T.double()).R
+    values: Tensor = torch.linalg.svdvals(left @ right.T)
+    return abs(f.s) * values
+
+
+def _site(site: Site, delta: Delta) -> SiteReport:
+    f = delta.factors()
+    values = singular_values(f) if f is not None else torch.linalg.svdvals(delta.weight().double())
+    rank = f.A.shape[0] if f is not None else delta.bound()
+    return SiteReport(site.name, site.role, site.layer, site.d_out, site.d_in, rank, values.norm().item(), values.tolist())
+
+
+def _by_layer(sites: list[SiteReport]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for s in sites:
+        key = "other" if s.layer is None else str(s.layer)
+        squares[key] = squares.get(key, 0.0) + s.norm**2
+    return {key: math.sqrt(square) for key, square in squares.items()}
+
+
+def _files(folder: str | Path | None) -> dict[str, int]:
+    if folder is None or not Path(folder).is_dir():
+        return {}
+    return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def spectrum_plot(report: Report, png: str | Path) -> Path:
+    """Every site's singular values relative to its largest, colored by layer. Raises MissingExtra without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "plot") from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    layers = sorted({s.layer for s in report.sites if s.layer is not None})
+    for s in report.sites:
+        top = max(s.singular_values, default=0.0)
+        if top > 0:
+            shade = layers.index(s.layer) / max(1, len(layers) - 1) if s.layer is not None else 0.0
+            shares = [value / top for value in s.singular_values]
+            axes.plot(range(1, len(shares) + 1), shares, color=_color(shade), linewidth=1, alpha=0.7)
+    axes.set(xlabel="index", ylabel="σ / largest σ", ylim=(0, 1.05))
+    axes.set_title(f"{report.recipe}: spectra of {len(report.sites)} updates, early layers dark")
+    figure.savefig(png, dpi=150, format="png")
+    return Path(png)
+
+
+def _color(shade: float) -> tuple[float, float, float]:
+    """Dark blue for the first layer, light for the last."""
+    return (0.1 + 0.5 * shade, 0.2 + 0.5 * shade, 0.5 + 0.4 * shade)

@@ -1,0 +1,108 @@
+"""Resume is exact: kill -9 at any moment, run the same command with --resume auto, and the adapter's bytes are those of the uninterrupted run."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from train.runs import command, config, start
+
+from lorakit.train.checkpoint import checkpoints
+from lorakit.train.train import train
+
+KEYS = {
+    "lora": {"dropout": 0.1},
+    "adalora": {"r": 4, "target_r": 2, "tfinal": 5, "delta_t": 2},
+    "dora": {"dropout": 0.1},
+    "loraplus": {"ratio": 4.0},
+}
+
+
+def adapter_bytes(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((out / "adapter").iterdir())}
+
+
+@pytest.mark.parametrize("method", sorted(KEYS))
+def test_a_run_cut_in_two_ends_with_the_same_bytes(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process: stop by an exception between two steps, then resume. Model dropout, evaluation and best checkpoint included."""
+    from lorakit.train.run import Run
+
+    keys = {"method": method, "max_steps": 11, "save_steps": 3, "eval_steps": 4, "load_best_model_at_end": True, "warmup_steps": 2, **KEYS[method]}
+    whole = config(tmp_path, output_dir=str(tmp_path / "whole"), **keys)
+    train(whole, quiet=True)
+    real = Run._step
+
+    def dies(self: Run, progress: object) -> dict:
+        if self.at.step == 8:
+            raise KeyboardInterrupt
+        return real(self, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "_step", dies)
+    cut = config(tmp_path, output_dir=str(tmp_path / "cut"), **keys)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, quiet=True)
+    monkeypatch.setattr(Run, "_step", real)
+    train(config(tmp_path, output_dir=str(tmp_path / "cut"), resume="auto", **keys), quiet=True)
+    assert adapter_bytes(tmp_path / "whole") == adapter_bytes(tmp_path / "cut")
+    assert steps_and_losses(tmp_path / "whole") == steps_and_losses(tmp_path / "cut")
+
+
+def steps_and_losses(out: Path) -> list[tuple]:
+    import json
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss"), r.get("eval_loss"), r.get("grad_norm")) for r in rows]
+
+
+def test_a_forgotten_generator_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: a resume that restores everything but the data position ends elsewhere."""
+    from lorakit.data.sampler import Batches
+    from lorakit.train.run import Run
+
+    keys = {"max_steps": 8, "save_steps": 3}
+    train(config(tmp_path, output_dir=str(tmp_path / "whole"), **keys), quiet=True)
+    real = Run._step
+    monkeypatch.setattr(Run, "_step", lambda self, p: real(self, p) if self.at.step < 4 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, output_dir=str(tmp_path / "cut"), **keys), quiet=True)
+    monkeypatch.setattr(Run, "_step", real)
+    monkeypatch.setattr(Batches, "load_state_dict", lambda self, state: None)
+    train(config(tmp_path, output_dir=str(tmp_path / "cut"), resume="auto", **keys), quiet=True)
+    assert adapter_bytes(tmp_path / "whole") != adapter_bytes(tmp_path / "cut")
+
+
+def kill_and_resume(tmp: Path, kills: int, seed: int) -> int:
+    """Kill -9 `kills` times at random moments of the run's life, then finish. Returns how many kills hit a living run."""
+    draw, hit = random.Random(seed), 0
+    keys = {"max_steps": 150, "save_steps": 7, "dropout": 0.1, "eval_steps": 20, "method": "lora", "save_total_limit": 1}
+    whole = config(tmp, output_dir=str(tmp / "whole"), **keys)
+    process = start(command(whole))
+    assert process.wait(300) == 0, process.communicate()[0]
+    cut = config(tmp, output_dir=str(tmp / "cut"), resume="auto", **keys)
+    out = tmp / "cut"
+    for _ in range(kills):
+        before = [p.name for p in checkpoints(out)]
+        process = start(command(cut))
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline and [p.name for p in checkpoints(out)] == before:
+            time.sleep(0.005)  # until it has made progress, so that the chain of kills ends
+        time.sleep(draw.uniform(0, 0.25))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            hit += 1
+        process.communicate()
+    process = start(command(cut))
+    assert process.wait(300) == 0, process.communicate()[0]
+    assert adapter_bytes(tmp / "whole") == adapter_bytes(out)
+    assert not list(out.glob("*.partial"))
+    return hit
+
+
+@pytest.mark.slow
+def test_ten_random_kills(tmp_path: Path) -> None:
+    assert kill_and_resume(tmp_path, kills=10, seed=0) >= 5
+
+
+def test_one_random_kill(tmp_path: Path) -> None:
+    assert kill_and_resume(tmp_path, kills=1, seed=1) == 1
