@@ -1,7 +1,7 @@
 # make demo    install, then the whole tour in a few minutes: out/quickstart
 # make test    the fast tests         make slow    the slow ones
 # make check   format, lint, types, architecture, docs
-# make clean   remove what was made, the environment included
+# make clean   remove what was made; the environment stays (rm -rf .venv removes it)
 #
 # PYTHON=python3.12                                       another interpreter (3.11 or newer)
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu        another source of torch, for example without CUDA's gigabytes
@@ -30,11 +30,11 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PYTEST) -q tests/laws/test_architecture.py
+	$(PYTEST) -q tests/test_architecture.py
 	$(VENV)/bin/mkdocs build --quiet --strict
 
 clean:
-	rm -rf $(VENV) out site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf out site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -2,7 +2,7 @@
 
     <!-- test -->                                     the block runs as it stands
     <!-- test slow -->                                so, marked slow (more than 20 seconds)
-    <!-- test: lorakit train += --max-steps 2 -->     a tiny size: flags appended to every line that begins with the command (more after ";")
+    <!-- test: lorakit train += --max-steps 2 -->     a tiny size: flags for every line that begins with the command (more after ";")
 
 All blocks of a page run in one temporary folder, in the page's order.
 """
@@ -53,9 +53,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
-def execute(*command, cwd, **variables):
+def execute(*command, cwd):
     """Run with this interpreter's commands first on the path and without a network."""
-    env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable} | variables
+    env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -65,6 +65,8 @@ def execute(*command, cwd, **variables):
 @pytest.mark.parametrize("block", cases())
 @pytest.mark.timeout(900)
 def test_readme(block, folder):
+    if not (Path(sys.executable).parent / "lorakit").exists():
+        pytest.skip("lorakit is not installed in this environment: pip install -e .")
     if block.language == "python":
         execute(sys.executable, "-c", block.code, cwd=folder)
     else:

@@ -122,7 +122,9 @@ def test_a_heading_opens_with_its_first_method(checkout, heading):
 
 
 def test_every_heading_of_the_registry_is_known():
-    assert {describe(name).heading for name in list_methods() if describe(name).make.__module__.startswith("lorakit.")} <= set(scaffold.HEADINGS)
+    assert {describe(name).heading for name in list_methods() if describe(name).make.__module__.startswith("lorakit.")} <= set(
+        scaffold.HEADINGS
+    )
 
 
 def test_outside_a_checkout_a_plugin_is_written(tmp_path):

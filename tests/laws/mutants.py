@@ -277,7 +277,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L7", "the base learns", "loraplus", test_l6_l7_l8_trained.check_L7)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, adalora.Adapted, "given", lambda held, self, **_: (self.model.get_input_embeddings().weight.data.mul_(1.001), held)[1])
+    after(m, Adapted, "given", lambda held, self, **_: (self.model.get_input_embeddings().weight.data.mul_(1.001), held)[1])
 
 
 @mutant("L7", "at an embedding nothing but zeros reach B", "lora_fa", test_l6_l7_l8_trained.check_L7)
@@ -519,7 +519,7 @@ def _(m: pytest.MonkeyPatch) -> None:
         m,
         pissa.Principal,
         "__call__",
-        lambda _, self, delta, base, *rest: base.assign_(base.dense() - delta.weight().detach() * 0.5 - 1e-3),
+        lambda _, self, delta, base, *rest: base.assign_(base.dense() - 0.5 * delta.s * delta.B.detach() @ delta.A.detach()),
     )
 
 

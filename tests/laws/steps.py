@@ -1,4 +1,4 @@
-"""A reference training loop: one optimizer step as core/events.py orders it, and exact state. The laws and the acceptance tests step with it."""
+"""A reference training loop: one optimizer step as core/events.py orders it, with exact state. Laws and acceptance tests step with it."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from lorakit.parts.optimizers.adamw import AdamW
 
 
 class Run:
-    """`total` steps of the active method; `data(i)` is step i's batch, `loss(model, batch)` its loss, `reduce(grads)` what processes do together."""
+    """`total` steps of the active method. `data(i)`: step i's batch; `loss(model, batch)`; `reduce(grads)`: what processes do together."""
 
     def __init__(
         self,

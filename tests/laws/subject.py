@@ -1,5 +1,6 @@
 """What the laws are checked on: a tiny model, a method at rank 4, and a point away from its start."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def refusal(error: type[Exception], call: Callable[[], object]) -> str:
+    """The message with which a call is refused."""
+    try:
+        call()
+    except error as refused:
+        return str(refused)
+    raise AssertionError(f"no {error.__name__} was raised")
 
 
 def everything(model: nn.Module) -> dict[str, Tensor]:

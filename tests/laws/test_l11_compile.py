@@ -1,4 +1,4 @@
-"""L11: a compiled adapted layer equals eager: one graph, no recompile across steps (dropout's key changes); aot_eager for all, inductor slow."""
+"""L11: a compiled adapted layer equals eager: one graph, no recompile across steps, whose masks differ. aot_eager; inductor is slow."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ RANKS, STEPS = 2, 3
 
 
 def trained(name: str, rank: int | None, *, forget: bool = False) -> dict[str, Tensor]:
-    """The first step's gradients and the tensors after three; of one process on whole batches when `rank` is None. `forget` is for mutants."""
+    """The first step's gradients and the tensors after three; of one process on whole batches when `rank` is None."""
     adapted = subject(name, model={"num_hidden_layers": 2})
     gradients: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""L6: the trainable count is the recipe's closed form. L7: what is declared trainable moves, everything else keeps its bits. L8: rank(ΔW) <= bound."""
+"""L6: the trainable count is the closed form. L7: what is declared trainable moves, all else keeps its bits. L8: rank(ΔW) <= bound."""
 
 import pytest
 import torch

@@ -60,3 +60,10 @@ def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
     """Start a process that shares this one's Python path."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a process that must succeed; its output."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output

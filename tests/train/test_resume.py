@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from train.runs import command, config, start
+from train.runs import command, config, finish, start
 
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.train import train
@@ -77,8 +77,7 @@ def kill_and_resume(tmp: Path, kills: int, seed: int) -> int:
     draw, hit = random.Random(seed), 0
     keys = {"max_steps": 150, "save_steps": 7, "dropout": 0.1, "eval_steps": 20, "method": "lora", "save_total_limit": 1}
     whole = config(tmp, output_dir=str(tmp / "whole"), **keys)
-    process = start(command(whole))
-    assert process.wait(300) == 0, process.communicate()[0]
+    finish(start(command(whole)))
     cut = config(tmp, output_dir=str(tmp / "cut"), resume="auto", **keys)
     out = tmp / "cut"
     for _ in range(kills):
@@ -92,8 +91,7 @@ def kill_and_resume(tmp: Path, kills: int, seed: int) -> int:
             process.send_signal(signal.SIGKILL)
             hit += 1
         process.communicate()
-    process = start(command(cut))
-    assert process.wait(300) == 0, process.communicate()[0]
+    finish(start(command(cut)))
     assert adapter_bytes(tmp / "whole") == adapter_bytes(out)
     assert not list(out.glob("*.partial"))
     return hit

@@ -100,11 +100,8 @@ INITS = (*HARMLESS, "pissa")
 """Of those that change the base only PiSSA's exact one can be repeated exactly."""
 CHANGED_BASE = "it changed the base in a way that loading cannot repeat exactly; save it with path_initial_model_for_weight_conversion"
 
-DETERMINED = {
-    "alpha_pattern", "bias", "fan_in_fan_out", "inference_mode", "init_r", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern",
-    "target_r", "use_dora", "use_rslora",
-}  # fmt: skip
-"""Fields that the adapter itself decides when it is written."""
+DETERMINED = {"bias", "fan_in_fan_out", "inference_mode", "lora_dropout", "use_dora"}
+"""Fields that the adapter alone decides when it is written."""
 
 
 def read_config(data: bytes, path: Path) -> dict[str, Any]:

@@ -89,7 +89,10 @@ def sorted_out(config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path
         if name == key:
             raise AdapterMismatch(f"tensor {key!r} in {path.parent} does not start with {PREFIX!r}: these are not PEFT's names")
         if place is not None:
-            raw.setdefault(place[0], {"kind": place[1]})[place[2]] = tensor
+            module, kind, short = place
+            raw.setdefault(module, {})[short] = tensor
+            if short != "m":
+                raw[module]["kind"] = kind
         elif name.endswith(".base_layer.weight") and name.split(".")[-3] in VOCABULARY:
             base[name.removesuffix(".base_layer.weight")] = tensor
         else:

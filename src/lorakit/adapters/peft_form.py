@@ -87,13 +87,15 @@ def dora(adapter: Adapter, model: nn.Module | None) -> Form | None:
 
 
 def pissa(adapter: Adapter, model: nn.Module | None) -> Form | None:
-    """A and B; only where PEFT's own start is the same one: the exact SVD of a whole linear weight."""
+    """A and B; only where PEFT's own start is the same one: the exact SVD of a whole linear weight, and nothing for an embedding."""
     spec = adapter.method().delta
-    if argument(adapter, "niter") or not _plain_sites(adapter) or not isinstance(spec, LowRankSpec):
+    if argument(adapter, "niter") or not isinstance(spec, LowRankSpec):
         return None
     pairs = {}
     for site in adapter.sites:
         tensors = adapter.of(site)
+        if site.rows is not None or (site.kind == "embedding" and tensors["B0"].any()):
+            return None
         pairs[site.name] = Pair(site.kind, tensors["A"], tensors["B"], spec.rank.named(site.name)[1])
     return Form(pairs, spec.rank, fields={"init_lora_weights": "pissa"}, restorable=True)
 

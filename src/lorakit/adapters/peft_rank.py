@@ -3,6 +3,7 @@
 PEFT asks the patterns in the order of the file, lorakit in sorted order; PEFT writes sorted, but a file may have been edited.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,16 +24,19 @@ def rank_in(config: Mapping[str, Any]) -> Rank:
     return Rank(config["r"], config["lora_alpha"], RULES[config["use_rslora"]], ranks, alphas)
 
 
-def expressed(preferred: Rank | None, wanted: Wanted) -> Rank:
-    """A rule that gives every module exactly its (r, s): the preferred one, less its idle patterns, or else one made of names."""
-    if preferred is not None and preferred.rule in RULES.values():
-        kept = Rank.of(
-            preferred.r, preferred.alpha, rule=preferred.rule,
-            rank_pattern=_busy(preferred.rank_pattern, wanted), alpha_pattern=_busy(preferred.alpha_pattern, wanted),
-        )  # fmt: skip
-        if all(kept.named(name) == value for name, value in wanted.items()):
+def expressed(wanted: Wanted, *preferred: Rank) -> Rank:
+    """A rule that gives every module its (r, s): the first of those preferred that does, less its idle patterns, or else one made of names."""
+    for rank in preferred:
+        patterns = {"rank_pattern": _busy(rank.rank_pattern, wanted), "alpha_pattern": _busy(rank.alpha_pattern, wanted)}
+        kept = Rank.of(rank.r, rank.alpha, rule=rank.rule, **patterns)
+        if rank.rule in RULES.values() and all(_same(kept.named(name), value) for name, value in wanted.items()):
             return kept
     return _by_name(wanted)
+
+
+def _same(one: tuple[int, float], other: tuple[int, float]) -> bool:
+    """Equal ranks, and scales equal but for the last bits that α/√r and (s·r)/r may differ in."""
+    return one[0] == other[0] and math.isclose(one[1], other[1], rel_tol=1e-14)
 
 
 def _busy(pattern: tuple[tuple[str, Any], ...], wanted: Wanted) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def _lora(config: dict[str, Any], sites: tuple[Site, ...], pairs: dict[str, Pair
     pairs = {site.name: _fitted(pairs[site.name], site) for site in sites}
     special = (config["use_dora"], config["init_lora_weights"] == "pissa")
     said = rank_in(config)
-    preferred = None if any(special) and said.rule != "linear" else said  # those recipes know that rule only; it can say any scale
-    rank = expressed(preferred, {name: (pair.r, pair.s) for name, pair in pairs.items()})
+    preferred = [] if any(special) and said.rule != "linear" else [said]  # those recipes know that rule only; it can say any scale
+    rank = expressed({name: (pair.r, pair.s) for name, pair in pairs.items()}, *preferred)
     patterns = {"rank_pattern": dict(rank.rank_pattern), "alpha_pattern": dict(rank.alpha_pattern)}
     kwargs = {"r": rank.r, "alpha": float(rank.alpha), **{k: v for k, v in patterns.items() if v}}
     return RECIPES[special, rank.rule], kwargs, pairs
@@ -104,14 +104,20 @@ def _where(sites: tuple[Site, ...], model: nn.Module) -> Where:
 
 
 def _unfreeze(found: Found, model: nn.Module) -> tuple[str, ...]:
+    """The modules and biases that were trained whole, in the model's order."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    out: dict[str, None] = {}
     for name, tensor in found.saved.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             shape = tuple(parameters[name].shape) if name in parameters else "nothing of that name"
             raise AdapterMismatch(f"the adapter holds the whole parameter {name} {tuple(tensor.shape)}; this model has {shape}")
-        out[saved_module(name, found.config["modules_to_save"] or ()) or name] = None
-    return tuple(out)
+    return tuple(dict.fromkeys(_home(name, found, model) for name in parameters if name in found.saved))
+
+
+def _home(parameter: str, found: Found, model: nn.Module) -> str:
+    """The module that was saved whole, or the parameter itself."""
+    module = parameter.rpartition(".")[0]
+    whole = all(f"{module}.{name}" in found.saved for name in model.get_submodule(module).state_dict())
+    return saved_module(parameter, found.config["modules_to_save"] or ()) or (module if whole else parameter)
 
 
 def _check_base(found: Found, model: nn.Module) -> None:

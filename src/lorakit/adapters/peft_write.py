@@ -29,7 +29,7 @@ from lorakit.adapters.peft_names import (
     selected,
     targets,
 )
-from lorakit.adapters.peft_rank import config_of, expressed, number
+from lorakit.adapters.peft_rank import config_of, expressed, number, rank_in
 from lorakit.adapters.record import record_of, to_json
 from lorakit.adapters.weights import floats, pack
 from lorakit.core.adapter import Adapter
@@ -80,8 +80,8 @@ def to_peft(
     _fits(adapter, model)
     form = form_of(adapter, native=native, svd_rank=svd_rank, model=model)
     saved, biases = _unfrozen(adapter, form, model)
-    config = _config(adapter, form, saved, biases, model)
-    config |= {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
+    named = {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
+    config = _config(adapter, form, saved, biases, model, named)
     _check_head(config["task_type"], saved)
     tensors = _tensors(adapter, form, biases)
     if save_embedding_layers:
@@ -166,14 +166,17 @@ def _base_weights(form: Form, model: nn.Module | None) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}.base_layer.weight": model.get_submodule(name).weight.detach() for name in modules}  # type: ignore[operator]
 
 
-def _config(adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str, str], model: nn.Module | None) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str, str], model: nn.Module | None, named: Mapping[str, str]
+) -> dict[str, Any]:
     """The defaults; over them what the PEFT folder said that the adapter came from; over that what the adapter itself says."""
-    config = {**DEFAULTS[form.peft_type], **_carried(adapter, form.peft_type)}
+    carried = _carried(adapter, form.peft_type)
+    config = {**DEFAULTS[form.peft_type], **carried, **named}
     config["init_lora_weights"] = config["init_lora_weights"] if config["init_lora_weights"] in HARMLESS else True
     config |= {"modules_to_save": _saved_list(config, saved, model), "bias": _bias(biases), "lora_dropout": _dropout(adapter)}
     config["fan_in_fan_out"] = any(_is_conv1d(name, model) for name in form.pairs)
-    config |= SAID[form.peft_type](form, config)
     config |= {name: number(value) if isinstance(value, float) else value for name, value in form.fields.items()}
+    config |= SAID[form.peft_type](form, carried)
     if not selected(config, form.pairs, model):
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         config["target_modules"] = targets(form.pairs, model)
@@ -183,17 +186,21 @@ def _config(adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str,
     return config
 
 
-def _ranks(form: Form, before: Mapping[str, Any]) -> dict[str, Any]:
-    return config_of(expressed(form.rank, {name: (pair.r, pair.s) for name, pair in form.pairs.items()}))
+def _ranks(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
+    preferred = ([rank_in(carried)] if carried else []) + ([form.rank] if form.rank is not None else [])
+    return config_of(expressed({name: (pair.r, pair.s) for name, pair in form.pairs.items()}, *preferred))
 
 
-def _schedule(form: Form, before: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
     """A finished adapter has no schedule left, but PEFT refuses to load one without a number of steps that fits it."""
-    return {"total_step": max(before["total_step"] or 0, form.fields["tinit"] + form.fields["tfinal"] + 1)}
+    init_r, target_r = form.fields["init_r"], form.fields["target_r"]
+    steps = max(carried.get("total_step") or 0, form.fields["tinit"] + form.fields["tfinal"] + 1)
+    said = carried.get("target_r", target_r)  # PEFT lets it exceed the initial rank
+    return {"total_step": steps, "target_r": said if min(said, init_r) == target_r else target_r}
 
 
 SAID: dict[str, Callable[[Form, Mapping[str, Any]], dict[str, Any]]] = {"LORA": _ranks, "ADALORA": _schedule}
-"""What a form says in the fields of its type."""
+"""What a form says in the fields of its type, as far as possible in the words that its configuration once used."""
 
 
 def _carried(adapter: Adapter, peft_type: str) -> dict[str, Any]:

@@ -41,7 +41,9 @@ def convert(
 ) -> None:
     """Convert between lorakit's format and PEFT's, both ways."""
     from lorakit.adapters.convert import convert as run
+    from lorakit.train.source_model import load_model
 
-    for line in run(adapter, out, to=to, native=not plain, svd_rank=svd_rank, model=model):
+    base = load_model(model) if model else None
+    for line in run(adapter, out, to=to, native=not plain, svd_rank=svd_rank, model=base, base_model=model):
         print(line)
     print(f"{to} adapter:", out)

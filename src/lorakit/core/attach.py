@@ -85,7 +85,7 @@ class Adapted:
             self.switch(*before)
             raise
         self._note_ties(sites)
-        if any(s.kind == "embedding" for s in sites):
+        if any(s.kind == "embedding" or s.role == "head" for s in sites):
             self.model.__dict__["resize_token_embeddings"] = _refuse_resize
         return self.switch(name)
 
@@ -97,7 +97,7 @@ class Adapted:
                 raise BadParameter(f"no adapter is called {name!r}. {did_you_mean(name, self.methods)}")
         if sum(bool(self.unfrozen[n]) for n in names) > 1:
             raise Incompatible(f"{names} each train whole modules; only one of them can be active at a time")
-        self.active = names
+        self.active = tuple(dict.fromkeys(names))
         self._apply()
         return self
 
@@ -327,7 +327,7 @@ class _Prepare:
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> None:
-    raise Incompatible("an embedding of this model is adapted and cannot be resized: detach() first, resize, then attach again")
+    raise Incompatible("an embedding or head of this model is adapted and cannot be resized: detach() first, resize, then attach again")
 
 
 def _carry_context(model: nn.Module, cell: Cell) -> None:
@@ -338,7 +338,7 @@ def _carry_context(model: nn.Module, cell: Cell) -> None:
         if getattr(func, "keywords", {}).get("use_reentrant", True):
             raise Incompatible(
                 "reentrant activation checkpointing cannot restore an adapter's context; "
-                "use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                "use model.activation_checkpointing_enable({'use_reentrant': False})"
             )
         module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **func.keywords, context_fn=cell.checkpoint_contexts)  # type: ignore[assignment]
 
@@ -356,8 +356,7 @@ def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Sit
         return []
     if isinstance(what, Method):
         sites = select(model, method.sites)
-        for site in sites:
-            method.delta.count(site)  # rank over the matrix: an error before anything is changed
+        method.delta.check(sites)  # an error before anything is changed
         return sites
     here = {s.name: s for s in sites_of(model)}
     for site in what.sites:

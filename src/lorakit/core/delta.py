@@ -1,6 +1,7 @@
 """A delta owns A and B: the trained part of an adapted site, ΔW = s · B · G · A, or any other linear change of the weight."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,6 +61,9 @@ class DeltaSpec(Protocol):
     def provides(self) -> frozenset[str]: ...
 
     def build(self, site: Site, *, dtype: torch.dtype, device: torch.device) -> Delta: ...
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise BadParameter for what cannot be built at these sites, or names none of them."""
 
     def count(self, site: Site) -> int:
         """Trainable parameters at this site, in closed form."""

@@ -50,7 +50,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 def _rows_digest(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        if not p.is_floating_point():
+        if not p.is_floating_point() or p.is_meta:
             return None
         flat = p.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLE)

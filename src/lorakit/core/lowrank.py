@@ -5,6 +5,7 @@ so that ΔW = 0 at the start and the base is never touched (PiSSA: 2404.02948). 
 B' = [B, −B₀], A' = [A; A₀].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,9 @@ class LowRankSpec:
 
     def build(self, site: Site, *, dtype: torch.dtype, device: torch.device) -> LowRank:
         return LowRank(site, self, dtype=dtype, device=device)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        self.rank.check(sites)
 
     def count(self, site: Site) -> int:
         r, _ = self.rank.at(site)

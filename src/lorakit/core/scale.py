@@ -7,11 +7,11 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import BadParameter, did_you_mean
 from lorakit.core.site import Site
 
 T = TypeVar("T", int, float)
@@ -47,7 +47,21 @@ class Rank:
         for name, value in [("r", r), *(rank_pattern or {}).items()]:
             if value < 1:
                 raise BadParameter(f"rank {name}={value} is not possible; r must be at least 1")
+        for key in (*(rank_pattern or {}), *(alpha_pattern or {})):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise BadParameter(f"pattern {key!r} is not a regular expression: {error}") from None
         return cls(r, alpha, rule, tuple(sorted((rank_pattern or {}).items())), tuple(sorted((alpha_pattern or {}).items())))
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise BadParameter for a rank over its matrix and for a pattern that matches none of the sites."""
+        for site in sites:
+            self.at(site)
+        for key, _ in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(_matches(key, site.name) for site in sites):
+                hint = did_you_mean(key, {site.name.rsplit(".", 1)[-1] for site in sites})
+                raise BadParameter(f"pattern {key!r} matches the name of none of the {len(sites)} adapted sites. {hint}".rstrip())
 
     def at(self, site: Site) -> tuple[int, float]:
         """(r, s) at a site. Raises BadParameter when r exceeds the matrix."""
@@ -66,4 +80,8 @@ class Rank:
 
 
 def _lookup(pattern: tuple[tuple[str, T], ...], name: str, default: T) -> T:
-    return next((value for key, value in pattern if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern if _matches(key, name)), default)
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None

@@ -27,11 +27,12 @@ ROLES = {
     "up": ("up_proj", "wi_1", "wi", "c_fc", "dense_h_to_4h", "fc1", "lin1", "w3"),
     "down": ("down_proj", "wo_mlp", "dense_4h_to_h", "fc2", "lin2", "w2"),
     "gate_up": ("gate_up_proj",),
-    "head": ("lm_head", "embed_out", "score", "classifier", "qa_outputs"),
+    "head": ("lm_head", "embed_out", "score", "classifier", "pre_classifier", "classification_head", "cls", "qa_outputs"),
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("gate", "up", "down", "gate_up")
+OTHER_ORDER = ("codegen", "gpt_bigcode")  # model types whose fused rows are in an order of their own: adapted whole only
 PRESETS: dict[str, Callable[["Site"], bool]] = {
     "all-linear": lambda s: s.kind == "linear" and s.rows is None and s.role != "head",
     "attention": lambda s: s.kind == "linear" and s.rows is None and s.role in ATTENTION,
@@ -182,16 +183,14 @@ def _gate_up_rows(model: nn.Module, site: Site) -> dict[str, tuple[range, ...]]:
 def _qkv_rows(model: nn.Module, site: Site) -> dict[str, tuple[range, ...]]:
     config = getattr(model, "config", None)
     heads = getattr(config, "num_attention_heads", None)
-    if heads is None:
+    if heads is None or getattr(config, "model_type", None) in OTHER_ORDER:
         return {}
+    d = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
     if site.name.endswith("query_key_value"):  # per head: q, k, v
-        if site.d_out % (3 * heads):
-            return {}
-        d = site.d_out // (3 * heads)
-        return {r: tuple(range((3 * h + i) * d, (3 * h + i + 1) * d) for h in range(heads)) for i, r in enumerate("qkv")}
+        parts = {r: tuple(range((3 * h + i) * d, (3 * h + i + 1) * d) for h in range(heads)) for i, r in enumerate("qkv")}
+        return parts if site.d_out == 3 * heads * d else {}
     kv = getattr(config, "num_key_value_heads", None) or heads
-    if site.d_out % (heads + 2 * kv):
+    if site.d_out != (heads + 2 * kv) * d:  # cross-attention, or heads grouped in another way
         return {}
-    d = site.d_out // (heads + 2 * kv)
     q, k = heads * d, (heads + kv) * d
     return {"q": (range(q),), "k": (range(q, k),), "v": (range(k, site.d_out),)}

@@ -23,7 +23,7 @@ def stream_chat(opened: Opened, messages: list[Message], *, max_new_tokens: int 
     """Pieces of the assistant's next turn. Raises BadParameter when the tokenizer has no chat template."""
     if opened.tokenizer.chat_template is None:
         raise BadParameter("this model's tokenizer has no chat template; use generate, or train with --chat-template")
-    out = opened.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out: Any = opened.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     yield from _stream(opened, out["input_ids"], max_new_tokens, temperature, seed)
 
 
@@ -37,7 +37,7 @@ def _stream(opened: Opened, ids: torch.Tensor, max_new_tokens: int, temperature:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit:  # keep the end of a prompt that would not fit, and leave room for the answer
         ids = ids[:, -max(1, limit - max_new_tokens) :]
-    streamer = TextIteratorStreamer(opened.tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(opened.tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": opened.tokenizer.pad_token_id, "max_new_tokens": max_new_tokens}
     failure: list[BaseException] = []

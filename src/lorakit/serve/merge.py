@@ -115,7 +115,7 @@ def strip(merged: nn.Module) -> nn.Module:
 
 def probes(opened: Opened) -> list[Tensor]:
     """Token ids of the sample prompts, [1, t] each."""
-    limit = getattr(opened.model.config, "max_position_embeddings", None) or 512  # type: ignore[union-attr]
+    limit = getattr(opened.model.config, "max_position_embeddings", None) or 512
     ids = [opened.tokenizer(p, return_tensors="pt")["input_ids"][:, : min(limit, 128)] for p in PROMPTS]
     vocabulary = opened.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     return [i.clamp_max(vocabulary - 1) for i in ids]

@@ -74,7 +74,7 @@ def read_rows(config: TrainConfig) -> Rows:
     sides: dict[str, list[Row]] = {}
     limits = {"train": config.max_train_samples, "valid": config.max_eval_samples}
     for split in ("train", "valid"):
-        sides[split] = load_rows(config.train_data, split, valid=config.eval_data, seed=0)[: limits[split]]  # type: ignore[arg-type]
+        sides[split] = load_rows(config.train_data, split, valid=config.eval_data, seed=0)[: limits[split]]
     rows = Rows(sides["train"], sides["valid"])
     if config.task not in ("auto", rows.task):
         raise DataError(f"task={config.task} needs other rows: {config.train_data} holds {shape_of(rows.train[0])} data")

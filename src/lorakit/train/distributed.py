@@ -41,7 +41,7 @@ class World:
         """Sums of plain numbers over all processes."""
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
         self.sum_([packed])
-        return packed.tolist()  # type: ignore[no-any-return]
+        return packed.tolist()
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -53,7 +53,8 @@ def world() -> World:
     """What the launcher's environment says; a single process without one."""
     from accelerate import PartialState
 
-    state = PartialState()
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and state.num_processes > 1
     return World(state.process_index, state.num_processes, state.device, sharded)
 

@@ -8,11 +8,11 @@ from rich.table import Table
 
 from lorakit.core.method import describe
 from lorakit.core.params import ParamTable
+from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.train.config import TrainConfig
 from lorakit.train.distributed import world
 from lorakit.train.evaluate import to
 from lorakit.train.memory import MemoryEstimate, estimate
-from lorakit.train.metrics import forward_loss
 from lorakit.train.train import build
 
 
@@ -60,7 +60,8 @@ def dry_run(config: TrainConfig) -> Preview:
     items = sorted(data.train.items, key=lambda item: -len(item.input_ids))[: config.per_device_train_batch_size]
     batch = to(data.train.collate(items), here.device)
     adapted.model.train()
-    memory = estimate(adapted.model, batch, optimizer="adamw", loss=lambda model, b: forward_loss(model, b)[0])
+    spec = adapted.methods[adapted.active[0]].optim or AdamW()
+    memory = estimate(adapted.model, batch, optimizer=spec.rule)
     total = sum(p.numel() for p in adapted.model.parameters())
     accounts = [f"train: {data.train.account}", f"eval: {data.valid.account}"]
     return Preview(config, table, sites, total, accounts, adapted.notes, memory)

@@ -25,7 +25,7 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import TrainData
 from lorakit.train.distributed import World
 from lorakit.train.evaluate import evaluate, to
-from lorakit.train.memory import resident_bytes
+from lorakit.train.memory import used_bytes
 from lorakit.train.metrics import forward_loss
 from lorakit.train.report import MetricsLog, Progress
 from lorakit.train.state import random_state, restore_random, write_state
@@ -120,8 +120,8 @@ class Run:
         at.step, at.tokens = index + 1, at.tokens + tokens
         at.window_nats, at.window_tokens = at.window_nats + nats, at.window_tokens + tokens
         speed = tokens / (time.perf_counter() - began)
-        progress.advance(loss=nats / max(1, tokens), tokens_per_second=speed, memory=resident_bytes())
-        return {"step": at.step, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(speed, 1), "memory": resident_bytes()}
+        progress.advance(loss=nats / max(1, tokens), tokens_per_second=speed, memory=used_bytes())
+        return {"step": at.step, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(speed, 1), "memory": used_bytes()}
 
     def _gradients(self, index: int) -> tuple[float, int]:
         """Mean-loss gradients of one step over all processes, penalties added; returns (summed nats, tokens)."""

@@ -45,7 +45,7 @@ def resolve(name: str) -> str:
 def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", labels: list[Any] | None = None) -> nn.Module:
     """A Transformers model in eval mode. With `labels`, a classifier with one output per label."""
     source = resolve(name)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if task == CLASSIFY:
         names = {i: str(label) for i, label in enumerate(labels or [])}

@@ -84,7 +84,7 @@ def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
 
 def make_data(rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TrainData:
     """Tokenized items. Packing that the user asked for must be exact; where it cannot be and was not asked for, samples are padded."""
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))  # type: ignore[union-attr]
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     packing = config.packing and rows.task != CLASSIFY
     if packing and "packing" in config.model_fields_set:
         check_packing(model)
@@ -109,7 +109,9 @@ def claim(out: Path, config: TrainConfig, here: World) -> Result | None:
     """Make `out` this run's folder. A finished run to be resumed is returned; another run's folder is refused."""
     record = out / "run.json"
     mine = config.identity()
-    if record.exists():
+    known = record.exists()
+    here.wait()  # every process has looked before one of them writes
+    if known:
         saved = json.loads(record.read_text(encoding="utf-8"))
         if not config.resume:
             raise BadParameter(f"{out} already holds a run; use --resume auto to continue it, or another --output-dir")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorakit.core.base import Base
 from lorakit.core.delta import Delta
+from lorakit.core.errors import BadParameter
 from lorakit.core.lowrank import LowRank, LowRankSpec
 from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
@@ -33,8 +34,14 @@ class Principal:
     niter: int = 0
     requires: frozenset[str] = frozenset({"factors", "anchor"})
 
+    def __post_init__(self) -> None:
+        if self.niter < 0:
+            raise BadParameter(f"niter={self.niter} is not possible; 0 is the exact SVD, the paper uses 4 to 16")
+
     def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
         assert isinstance(delta, LowRank) and delta.A0 is not None and delta.B0 is not None
+        if delta.s <= 0:
+            raise BadParameter(f"the scale at site {site.name!r} is {delta.s}; √(S / s) needs alpha > 0")
         U, S, Vh = principal(base.dense().cpu(), delta.r, self.niter, rng)
         root = (S / delta.s).sqrt()
         for tensors, value in (((delta.A, delta.A0), root[:, None] * Vh), ((delta.B, delta.B0), U * root)):

@@ -5,6 +5,7 @@ from a multiplier's group: decay is one number, and 0 by default.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,9 @@ from lorakit.core.params import Param, ParamTable
 @dataclass(frozen=True)
 class AdamW:
     """torch.optim.AdamW. `ratios`: (role, multiplier) pairs; `embedding_lr`: a fixed rate for embedding sites (LoRA+), None for the run's."""
+
+    rule: ClassVar[str] = "adamw"
+    """The optimizer's row in the memory estimator's table of states."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

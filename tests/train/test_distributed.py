@@ -1,0 +1,35 @@
+"""Two gloo processes, started by Accelerate's launcher: DDP's role and FSDP2 end where one process ends."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train.runs import command, config, finish, start
+
+from lorakit.adapters.io import load_adapter
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+FLAGS = {"replicated": ["--multi_gpu"], "sharded": ["--use_fsdp", "--fsdp_version", "2"]}  # the names say GPU; ACCELERATE_USE_CPU makes it gloo
+
+
+def launched(words: list[str], port: int, kind: str) -> list[str]:
+    return [*LAUNCH, *FLAGS[kind], "--main_process_port", str(port), "--dynamo_backend", "no", "-m", *words[2:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(FLAGS))
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
+def test_two_processes_end_where_one_ends(tmp_path: Path, kind: str, method: str) -> None:
+    keys = {"method": method, "max_steps": 4, "eval_steps": 2, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    finish(start(command(config(tmp_path, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **keys))))
+    two = command(config(tmp_path, output_dir=str(tmp_path / "two"), **keys))
+    port = 20000 + os.getpid() % 20000
+    finish(start(launched(two, port, kind), ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""))
+    one, both = (load_adapter(tmp_path / name / "adapter") for name in ("one", "two"))
+    worst = max(float((one.tensors[k] - both.tensors[k]).abs().max()) for k in one.tensors)
+    assert worst < 2e-5
+    assert one.meta["metrics"]["loss"] == pytest.approx(both.meta["metrics"]["loss"], abs=1e-4)
+    assert any(t.abs().max() > 0 for k, t in both.tensors.items() if k.endswith(".B"))
+    assert torch.tensor(worst).isfinite()
