@@ -1,14 +1,18 @@
-"""Which way imports point, between the rooms of the package (docs/house.md), and what may be imported at the top of a module."""
+"""House rules that a reader could break unseen: which room imports which, what is public, and no heavy import at the top."""
 
 import ast
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src/lorakit"
-MAY_IMPORT = {
+import lorakit
+
+ROOT = Path(lorakit.__file__).parent
+
+# An arrow points from the room that imports to those it may import; every room may import itself.
+ARROWS: dict[str, set[str]] = {
     "core": {"ops"},
     "ops": set(),
     "parts": {"core", "ops"},
@@ -16,99 +20,143 @@ MAY_IMPORT = {
     "adapters": {"core", "ops"},
     "data": {"core"},
     "train": {"core", "ops", "parts", "adapters", "data"},
-    "serve": {"core", "ops", "parts", "adapters", "data", "train"},
-    "apps": {"core", "ops", "parts", "adapters", "data", "train", "serve"},
-    "cli": {"core", "ops", "parts", "adapters", "data", "train", "serve", "apps"},
+    "serve": {"core", "ops", "adapters", "data", "train"},
+    "federated": {"core", "ops", "parts", "adapters", "data", "train"},
+    "bayes": {"core", "ops", "parts", "adapters", "data", "train"},
+    "apps": {"core", "ops", "parts", "adapters", "data", "train", "serve", "federated", "bayes"},
+    "integrations": {"core", "ops", "parts", "adapters", "data", "train", "serve"},
+    "cli": {"core", "ops", "parts", "adapters", "data", "train", "serve", "federated", "bayes", "apps", "integrations"},
 }
-LAZILY = {("core", "adapters"): {"attach.py"}}  # Adapted.save and load are there for the user's ease; nothing else in core knows files
-EXTRAS = {"matplotlib", "datasets", "sklearn", "peft", "pytest", "hypothesis", "jaxtyping", "mkdocs"}
+# Two doors that core opens when it is asked to, never at its top: `Adapted.save` and `load`.
+DEFERRED = {("core.attach", "adapters.io")}
+# adapters/ is pure: an adapter at rest knows no model that holds one.
+CLOSED = {"adapters": {"core.attach", "core.unfreeze", "core.context", "core.params", "core.events"}}
 
 
-class Import(NamedTuple):
-    """One import statement: the file, the module it names, and whether it runs when the file is imported."""
-
-    file: Path
-    module: str
-    at_top: bool
-
-    @property
-    def room(self) -> str:
-        """The room of the importing file; "" for the package's own __init__."""
-        parts = self.file.relative_to(PACKAGE).parts
-        return parts[0] if len(parts) > 1 else ""
-
-    def __str__(self) -> str:
-        return f"{self.file.relative_to(PACKAGE)} imports {self.module}"
-
-
-def imports() -> list[Import]:
-    """Every import in the package but those for type checkers only."""
-    found = []
-    for file in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        deferred = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
-        for node in running(tree):
-            found += [Import(file, module, id(node) not in deferred) for module in modules(node)]
+def modules() -> dict[str, ast.Module]:
+    """Dotted name below lorakit -> syntax tree."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
     return found
 
 
-def running(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node outside `if TYPE_CHECKING`."""
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-            yield from running(child)
+def imports(tree: ast.AST) -> set[tuple[str, bool]]:
+    """(dotted name below lorakit, whether at the top of the file)."""
+    top = {id(node) for node in ast.walk(tree) if isinstance(node, ast.Module) for node in node.body}
+    found = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [node.module or ""]
+            if node.module in ("lorakit", *(f"lorakit.{room}" for room in ARROWS)):  # `from lorakit.ops import reference`
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {(n.removeprefix("lorakit."), id(node) in top) for n in names if n.startswith("lorakit.")}
+    return found
 
 
-def modules(node: ast.AST) -> list[str]:
-    """The modules that an import statement names; `from lorakit.cli import page` names lorakit.cli.page."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "imports are absolute"
-        return [f"{node.module}.{alias.name}" for alias in node.names]
-    return []
+EDGES = [(name, target, top) for name, tree in modules().items() if name for target, top in sorted(imports(tree))]
 
 
-IMPORTS = imports()
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
-def test_every_room_has_its_arrows():
-    rooms = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
-    assert rooms == set(MAY_IMPORT), "a new room says here what it may import"
+def test_there_are_edges_and_every_room_is_known() -> None:
+    assert len(EDGES) > 100
+    rooms = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert rooms <= ARROWS.keys()
 
 
-def test_arrows_point_one_way():
-    """MAY_IMPORT has no cycle, or it would hold nothing."""
-    open_, done = dict(MAY_IMPORT), set()
-    while open_:
-        free = {room for room, needs in open_.items() if needs <= done}
-        assert free, f"a cycle among {sorted(open_)}"
-        done |= free
-        open_ = {room: needs for room, needs in open_.items() if room not in free}
+def test_arrows_point_one_way() -> None:
+    wrong = [
+        f"{name} -> {target}"
+        for name, target, top in EDGES
+        if room(target) not in ARROWS[room(name)] | {room(name)} and ((name, target) not in DEFERRED or top)
+    ]
+    assert not wrong
+    order = ["ops", "core", "parts", "methods", "data", "adapters", "train", "serve", "federated", "bayes", "integrations", "apps", "cli"]
+    assert all(order.index(to) < order.index(of) for of, allowed in ARROWS.items() for to in allowed), "the table itself has no cycle"
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_a_room_imports_only_what_lies_below(room):
-    for each in IMPORTS:
-        top, _, rest = each.module.partition(".")
-        if each.room != room or top != "lorakit":
-            continue
-        other = rest.split(".")[0]
-        lazily = not each.at_top and each.file.name in LAZILY.get((room, other), ())
-        assert other == room or other in MAY_IMPORT[room] or lazily, str(each)
+def test_only_discovery_imports_methods() -> None:
+    assert not [f"{name} -> {target}" for name, target, _ in EDGES if room(target) == "methods" and room(name) != "methods"]
+    named = [
+        name
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value == "lorakit.methods"
+    ]
+    assert set(named) <= {"core.method", "cli.docs", "cli.scaffold"}
+    assert "core.method" in named
 
 
-def test_only_discovery_imports_methods():
-    """Methods compose each other; everybody else asks the registry."""
-    assert not [str(i) for i in IMPORTS if i.module.startswith("lorakit.methods") and i.room != "methods"]
+def test_closed_doors() -> None:
+    assert not [f"{name} -> {target}" for name, target, _ in EDGES if target in CLOSED.get(room(name), ())]
 
 
-def test_extras_are_imported_where_they_are_used():
-    assert not [str(i) for i in IMPORTS if i.at_top and i.module.split(".")[0] in EXTRAS]
+def test_no_cycles_between_modules() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, target, top in EDGES:
+        if top and target in modules():
+            graph.setdefault(name, set()).add(target)
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
-def test_the_walk_sees_imports():
-    """So that none of the above passes on an empty list."""
-    assert any(i.room == "methods" and i.module.startswith("lorakit.parts.") and i.at_top for i in IMPORTS)
-    assert any(i.room == "core" and i.module.startswith("lorakit.adapters.") and not i.at_top for i in IMPORTS)
+PUBLIC = [
+    "Adapted",
+    "Adapter",
+    "AdapterMismatch",
+    "BadParameter",
+    "CheckpointError",
+    "DataError",
+    "Delta",
+    "Factors",
+    "Incompatible",
+    "LorakitError",
+    "Method",
+    "MissingExtra",
+    "NoSuchMethod",
+    "NoSuchSite",
+    "NotExportable",
+    "NotMergeable",
+    "Site",
+    "attach",
+    "describe",
+    "get_method",
+    "list_methods",
+    "load",
+    "method",
+    "select",
+]
+
+
+def test_the_public_surface_is_frozen() -> None:
+    assert lorakit.__all__ == PUBLIC
+    assert all(getattr(lorakit, name).__doc__ for name in PUBLIC)
+
+
+@pytest.mark.parametrize("heavy", ["peft", "accelerate", "datasets", "matplotlib", "typer", "sklearn", "transformers"])
+def test_importing_lorakit_imports_no_more_than_torch(heavy: str, imported: set[str]) -> None:
+    assert heavy not in imported
+
+
+@pytest.fixture(scope="module")
+def imported() -> set[str]:
+    """Top-level modules after `import lorakit` in a fresh interpreter."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import lorakit; print(*{{m.split('.')[0] for m in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())

@@ -4,17 +4,18 @@ import copy
 import json
 import warnings
 
-import lorakit
 import peft
 import pytest
 import safetensors.torch
 import torch
+
+import lorakit
 from lorakit.adapters.io import load_adapter, save_adapter
 from lorakit.adapters.peft import from_peft, to_peft
-
 from tests.adapters.subject import IDS, in_peft, logits, made_by_peft, quiet, save_by_peft, shaken, tiny_model
 
 LoRA = peft.LoraConfig
+RANKS = {"q_proj": 2, "layers.1.mlp.down_proj": 5}
 
 
 def case(label, config, arch="llama", *, recipe="lora", **model):
@@ -31,13 +32,11 @@ CASES = [
     case("rslora", lambda: LoRA(r=5, lora_alpha=7, use_rslora=True, target_modules=["q_proj"]), recipe="rslora"),
     case(
         "patterns",
-        lambda: LoRA(
-            r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 5}, alpha_pattern={"^model.layers.0.*": 3}
-        ),
+        lambda: LoRA(r=4, target_modules=["q_proj", "down_proj"], rank_pattern=RANKS, alpha_pattern={"^model.layers.0.*": 3}),
     ),
     case("dora", lambda: LoRA(r=4, use_dora=True, target_modules=["q_proj", "up_proj"]), recipe="dora"),
     case("dora embedding", lambda: LoRA(r=4, use_dora=True, target_modules=["q_proj", "embed_tokens"]), recipe="dora"),
-    case("dora rslora", lambda: LoRA(r=4, use_dora=True, use_rslora=True, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 3}), recipe="dora"),
+    case("dora rslora", lambda: LoRA(r=4, use_dora=True, use_rslora=True, target_modules=["q_proj"], rank_pattern=RANKS), recipe="dora"),
     case("pissa", lambda: LoRA(r=4, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]), recipe="pissa"),
     case("pissa embedding", lambda: LoRA(r=4, init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"]), recipe="pissa"),
     case("pissa gpt2", lambda: LoRA(r=4, init_lora_weights="pissa", use_rslora=True, target_modules=["c_attn"]), "gpt2", recipe="pissa"),
@@ -50,7 +49,7 @@ CASES = [
     case("gpt2", lambda: LoRA(r=4, target_modules=["c_attn", "wte"]), "gpt2"),
     case("gpt2 dora", lambda: LoRA(r=4, target_modules=["c_attn", "mlp.c_proj"], use_dora=True), "gpt2", recipe="dora"),
     case("classifier", lambda: LoRA(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"), task="sequence-classification"),
-    case("classifier of layers", lambda: LoRA(r=4, target_modules=["query"], task_type="SEQ_CLS"), "roberta", task="sequence-classification"),
+    case("classifier of two", lambda: LoRA(r=4, target_modules=["query"], task_type="SEQ_CLS"), "roberta", task="sequence-classification"),
     case("adalora", lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj", "o_proj"]), recipe="adalora"),
     case(
         "adalora classifier",
@@ -81,7 +80,12 @@ def test_the_same_logits_and_the_same_files(arch, overrides, config, recipe, tmp
 
 def same(one, other):
     tensors = all(torch.equal(one.tensors[k], v) for k, v in other.tensors.items())
-    return (one.recipe, one.sites, one.meta, one.tensors.keys()) == (other.recipe, other.sites, other.meta, other.tensors.keys()) and tensors
+    return (one.recipe, one.sites, one.meta, one.tensors.keys()) == (
+        other.recipe,
+        other.sites,
+        other.meta,
+        other.tensors.keys(),
+    ) and tensors
 
 
 def config_of(folder):
@@ -128,7 +132,9 @@ def test_outputs_survive_peft_lorakit_peft(tmp_path):
 def test_an_adalora_that_peft_trained_and_pruned(tmp_path):
     """Down to no rank at all at some sites; what was pruned comes back as zeros, and goes out again as it came."""
     model = tiny_model("llama")
-    config = peft.AdaLoraConfig(init_r=4, target_r=1, total_step=12, tfinal=2, target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=1, total_step=12, tfinal=2, target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
     with quiet():
         made = peft.get_peft_model(copy.deepcopy(model), config).train()
         optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
@@ -261,19 +267,27 @@ def test_harmless_unknown_fields_are_no_obstacle(plain):
     lorakit.load(model, folder)
 
 
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
+PREFIX = "base_model.model.model"
+Q = f"{PREFIX}.layers.0.self_attn.q_proj"
+
+
+def pair(module):
+    """A well-shaped pair for one more module."""
+    return {f"{module}.lora_A.weight": torch.ones(4, 32), f"{module}.lora_B.weight": torch.ones(32, 4)}
+
+
 TENSORS = {
     "missing": (lambda t: t.pop(f"{Q}.lora_B.weight"), "needs them"),
-    "no module of that name": (lambda t: t.update({f"{Q}x.lora_A.weight": torch.ones(4, 32), f"{Q}x.lora_B.weight": torch.ones(32, 4)}), "Did you mean"),
-    "other kind": (lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.ones(4, 32), "base_model.model.model.norm.lora_B.weight": torch.ones(32, 4)}), "lacks"),
+    "no module of that name": (lambda t: t.update(pair(f"{Q}x")), "Did you mean"),
+    "other kind": (lambda t: t.update(pair(f"{PREFIX}.norm")), "lacks"),
+    "a part of a fused weight": (lambda t: t.update(pair(f"{Q}[q]")), "lacks"),
     "of no meaning": (lambda t: t.update({f"{Q}.extra": torch.ones(1)}), "neither a low-rank factor"),
     "of no prefix": (lambda t: t.update({"q_proj.lora_A.weight": torch.ones(1)}), "does not start with"),
     "misshaped": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 31)}), r"q_proj.A has shape \(4, 31\).*needs \(4, 32\)"),
     "not a pair": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 32)}), "do not fit each other"),
     "not finite": (lambda t: t.update({f"{Q}.lora_A.weight": torch.full((4, 32), float("nan"))}), "NaN"),
     "of integers": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}), "expected floating-point"),
-    "a part of a fused weight": (lambda t: t.update({f"{Q}[q].lora_A.weight": torch.ones(4, 32), f"{Q}[q].lora_B.weight": torch.ones(32, 4)}), "lacks"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", TENSORS)

@@ -4,13 +4,13 @@ import copy
 import json
 import math
 
-import lorakit
 import pytest
 import safetensors.torch
 import torch
+
+import lorakit
 from lorakit.adapters.io import load_adapter
 from lorakit.adapters.peft import from_peft, to_peft
-
 from tests.adapters.subject import in_peft, logits, shaken, tiny_model
 
 ALL = ["lora", "rslora", "loraplus", "lora_fa", "init_ab", "dora", "pissa", "adalora"]
@@ -56,7 +56,11 @@ def same(one, other):
 
 
 PLAIN = [p for p in EXACT if p.values[0] != "dora"]  # DoRA has no plain form
-FORMS = [pytest.param(native, *p.values, id=f"{word}-{p.id}") for native, word, ps in ((True, "native", EXACT), (False, "plain", PLAIN)) for p in ps]
+FORMS = [
+    pytest.param(native, *p.values, id=f"{word}-{p.id}")
+    for native, word, ps in ((True, "native", EXACT), (False, "plain", PLAIN))
+    for p in ps
+]
 
 
 @pytest.mark.parametrize(("native", "name", "arch", "overrides", "kwargs"), FORMS)
@@ -90,7 +94,9 @@ def test_the_check_above_can_fail(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 1.001}))
     assert (logits(in_peft(base, tmp_path)) - logits(adapted.model)).abs().max() > 1e-4
-    assert load_adapter(tmp_path, model=base).recipe.kwargs["alpha"] == pytest.approx(16.016)  # lorakit.json no longer speaks of these files
+    assert load_adapter(tmp_path, model=base).recipe.kwargs["alpha"] == pytest.approx(
+        16.016
+    )  # lorakit.json no longer speaks of these files
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
@@ -197,7 +203,13 @@ def _errors_are_the_real_ones(adapted, base, folder, result):
 
 
 REFUSED = {
-    "one parameter of a module": ("lora", {"attention_bias": True}, {"sites": "q_proj", "unfreeze": ("k_proj.weight",)}, {}, "not whole modules or biases"),
+    "one parameter of a module": (
+        "lora",
+        {"attention_bias": True},
+        {"sites": "q_proj", "unfreeze": ("k_proj.weight",)},
+        {},
+        "not whole modules or biases",
+    ),
     "a site inside a trained module": ("lora", {}, {"sites": "q_proj", "unfreeze": ("layers.0",)}, {}, "trained as a whole"),
     "a head that the task needs": ("lora", {}, {"sites": "q_proj"}, {"task_type": "SEQ_CLS"}, "task_type SEQ_CLS"),
 }

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.laws.subject import awaken
 from transformers import AutoModelForCausalLM
 
 from lorakit import AdapterMismatch, attach, get_method, load
 from lorakit.core.fingerprint import Fingerprint, fingerprint
 from lorakit.data.tiny import tiny_model
+from tests.laws.subject import awaken
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])

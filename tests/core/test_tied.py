@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.laws.subject import awaken, batch, far, logits, same_bits
 from transformers import AutoModelForCausalLM
 
 from lorakit import attach, get_method
 from lorakit.core.site import sites_of
 from lorakit.data.tiny import tiny_model
+from tests.laws.subject import awaken, batch, far, logits, same_bits
 
 TIED = ("llama", "gpt2", "t5")
 

@@ -1,15 +1,14 @@
 """Whole modules trained beside the deltas: patterns, precision, switching."""
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, everything, logits, loss_of, same_bits
 
 from lorakit import Incompatible, NoSuchSite, attach, get_method
 from lorakit.data.tiny import tiny_model
+from tests.laws.steps import Run
+from tests.laws.subject import awaken, base, batch, everything, logits, loss_of, same_bits
 
 PATTERNS = {
     "classifier": {"classifier.weight", "classifier.bias"},
@@ -97,10 +96,8 @@ def test_what_was_trained_is_in_the_adapter() -> None:
 
 
 def test_one_adapter_casting_a_module_and_another_adapting_it_come_apart_in_any_order() -> None:
-    for first, second in (
-        ({"unfreeze": ("q_proj",), "sites": "v_proj"}, {"sites": "q_proj"}),
-        ({"sites": "q_proj"}, {"unfreeze": ("q_proj",), "sites": "v_proj"}),
-    ):
+    casting, adapting = {"unfreeze": ("q_proj",), "sites": "v_proj"}, {"sites": "q_proj"}
+    for first, second in ((casting, adapting), (adapting, casting)):
         model = base("llama", torch.bfloat16)
         before, want = everything(model), logits(model, batch())
         adapted = attach(model, get_method("lora", **first), name="a").add("b", get_method("lora", **second))
@@ -108,11 +105,5 @@ def test_one_adapter_casting_a_module_and_another_adapting_it_come_apart_in_any_
             assert same_bits(logits(adapted.switch(*names).model, batch()), want)
         loss_of(model.train(), batch()).backward()
         adapted.detach()
-        assert {re.sub("Llama.*", "", type(m).__name__) for m in model.modules()} == {
-            "",
-            "Linear",
-            "Embedding",
-            "ModuleList",
-            "SiLUActivation",
-        }
+        assert not [m for m in model.modules() if type(m).__name__.startswith(("Casting", "Adapted"))]
         assert all(same_bits(v, before[k]) for k, v in everything(model.eval()).items())

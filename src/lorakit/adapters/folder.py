@@ -31,7 +31,7 @@ REASONS = {
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> Path:
     """Replace these files of a folder, made if need be: all or none. Raises CheckpointError; the folder then holds what it held before."""
     folder = Path(folder)
-    with _reported(folder), _unmade(folder):
+    with _reported(folder, files), _unmade(folder):
         folder.mkdir(parents=True, exist_ok=True)
         finish(folder)
         os.rename(_staged(folder, files), folder / SAVED)
@@ -116,10 +116,17 @@ def _unmade(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reported(folder: Path) -> Iterator[None]:
+def _reported(folder: Path, files: Mapping[str, bytes]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = REASONS.get(error.errno or 0) or error.strerror or str(error)
-        state = "the new files are complete and in force" if (folder / SAVED).is_dir() else "what was saved there before is unchanged"
+        state = "yet the new files are complete and in force" if _holds(folder, files) else "what was saved there before is unchanged"
         raise CheckpointError(f"cannot save to {folder}: {reason}; {state}") from error
+
+
+def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a reader finds these files."""
+    with suppress(OSError):
+        return all((path := locate(folder, name)) is not None and path.read_bytes() == data for name, data in files.items())
+    return False

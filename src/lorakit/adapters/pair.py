@@ -1,6 +1,7 @@
 """One module's low-rank pair, as PEFT stores it: ΔW = s · B · diag(E) · A, rescaled row by row by m where there is one.
 
-A part of a fused weight (c_attn[q]) becomes the whole one: its B is padded with rows of zeros, the ranks of several parts follow each other.
+A part of a fused weight (c_attn[q]) becomes the whole one: its B is padded with rows of zeros, and the ranks of several parts
+follow each other.
 """
 
 from dataclasses import dataclass

@@ -173,6 +173,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("use_dora", "use_rslora"), lambda v: type(v) is bool),
     **dict.fromkeys(("r", "init_r", "target_r", "deltaT"), _rank),
     **dict.fromkeys(("tinit", "tfinal"), _whole),
+    "total_step": lambda v: v is None or _whole(v),
+    **dict.fromkeys(("base_model_name_or_path", "peft_version", "revision", "task_type"), lambda v: v is None or isinstance(v, str)),
     **dict.fromkeys(("lora_alpha", "lora_dropout", "beta1", "beta2", "orth_reg_weight"), _number),
 }
 _PATTERNS = ("alpha_pattern", "exclude_modules", "layers_pattern", "rank_pattern", "target_modules")

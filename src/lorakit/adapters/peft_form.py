@@ -29,7 +29,7 @@ from lorakit.core.site import Site
 
 @dataclass(frozen=True)
 class Form:
-    """Pairs by module. `rank`: how ranks and scales are best said. `restorable`: whether the adapter itself can be read back from the pairs."""
+    """Pairs by module. `rank`: how ranks and scales are best said. `restorable`: whether the pairs alone give the adapter back."""
 
     pairs: dict[str, Pair]
     rank: Rank | None = None

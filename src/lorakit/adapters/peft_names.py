@@ -40,7 +40,7 @@ def key_of(module: str, name: str, peft_type: str, kind: Kind) -> str:
 
 
 def parsed(key: str, peft_type: str) -> tuple[str, Kind, str] | None:
-    """(module, kind, short tensor name) of a key, or None when it is no tensor of a low-rank pair. The magnitude m does not tell the kind."""
+    """(module, kind, short tensor name) of a key, or None when it is no tensor of a pair. The magnitude m does not tell the kind."""
     for (kind_type, kind), names in KEYS.items():
         for name, end in names.items():
             if kind_type == peft_type and key.endswith("." + end):

@@ -25,7 +25,7 @@ def rank_in(config: Mapping[str, Any]) -> Rank:
 
 
 def expressed(wanted: Wanted, *preferred: Rank) -> Rank:
-    """A rule that gives every module its (r, s): the first of those preferred that does, less its idle patterns, or else one made of names."""
+    """A rule that gives every module its (r, s): the first preferred one that does, less its idle patterns, or else one made of names."""
     for rank in preferred:
         patterns = {"rank_pattern": _busy(rank.rank_pattern, wanted), "alpha_pattern": _busy(rank.alpha_pattern, wanted)}
         kept = Rank.of(rank.r, rank.alpha, rule=rank.rule, **patterns)

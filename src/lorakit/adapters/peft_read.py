@@ -1,6 +1,6 @@
 """A PEFT folder read as an adapter: as the very one that lorakit wrote, or else by the recipe that is closest to its configuration.
 
-The tensors say which modules are adapted; the configuration must agree. PiSSA's A₀, B₀ are not in the file: they are computed from the base.
+The tensors say which modules are adapted; the configuration must agree. PiSSA's A₀, B₀ are not in the file: they come from the base.
 """
 
 from collections.abc import Iterator

@@ -126,6 +126,6 @@ def _check_base(found: Found, model: nn.Module) -> None:
         here = model.get_submodule(module).weight.detach().cpu()  # type: ignore[operator]
         if saved.shape != here.shape or not torch.equal(saved.to(here.dtype), here.to(saved.dtype).to(here.dtype)):
             raise AdapterMismatch(
-                f"the folder brings a base weight for {module!r}, as PEFT saves it beside an adapted embedding, and it is not this model's: "
+                f"the folder brings a base weight for {module!r}, as PEFT saves it beside an adapted embedding; it is not this model's: "
                 "the vocabulary was resized, or the base trained, before; load that base first"
             )

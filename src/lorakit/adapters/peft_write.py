@@ -4,7 +4,6 @@ With lorakit.json, which says what the adapter was, the folder reads back as the
 the network.
 """
 
-import fnmatch
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +16,9 @@ from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG, DEFAULTS, DETERMINED, HARMLESS, check_config
 from lorakit.adapters.peft_files import SIDE, WEIGHTS, digests
 from lorakit.adapters.peft_form import Form, form_of
-from lorakit.adapters.peft_names import (
-    CONV1D,
-    HEADS,
-    PREFIX,
-    VOCABULARY,
-    key_of,
-    matches_entry,
-    module_names,
-    saved_module,
-    selected,
-    targets,
-)
+from lorakit.adapters.peft_names import CONV1D, PREFIX, VOCABULARY, key_of, selected, targets
 from lorakit.adapters.peft_rank import config_of, expressed, number, rank_in
+from lorakit.adapters.peft_saved import Saved, check_head, listed, saved_of
 from lorakit.adapters.record import record_of, to_json
 from lorakit.adapters.weights import floats, pack
 from lorakit.core.adapter import Adapter
@@ -71,7 +60,7 @@ def to_peft(
 
     native: PEFT's own type where it has one (DoRA, PiSSA, AdaLoRA); else the exact plain LoRA, which changes no base when PEFT loads it.
     svd_rank: what has no exact form is approximated at this rank, and the result says how far off it is.
-    model: the base; needed for parts of fused weights and for changes that depend on W. Module lists are shortest with it, full names without.
+    model: the base; needed for parts of fused weights and for changes that depend on W. With it lists of modules are shortest, else full.
     base_model, task_type: what PEFT's Auto classes ask for.
     save_embedding_layers: write the base weights of adapted embeddings too, as PEFT does (it needs them only if they were changed).
     """
@@ -79,13 +68,11 @@ def to_peft(
         raise CheckpointError(f"{folder} holds an adapter in lorakit's format; write PEFT's to another folder")
     _fits(adapter, model)
     form = form_of(adapter, native=native, svd_rank=svd_rank, model=model)
-    saved, biases = _unfrozen(adapter, form, model)
+    saved = saved_of(adapter, form.pairs, model)
     named = {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
-    config = _config(adapter, form, saved, biases, model, named)
-    _check_head(config["task_type"], saved)
-    tensors = _tensors(adapter, form, biases)
-    if save_embedding_layers:
-        tensors |= _base_weights(form, model)
+    config = _config(adapter, form, saved, named, model)
+    check_head(config["task_type"], saved)
+    tensors = _tensors(adapter, form, saved) | (_base_weights(form, model) if save_embedding_layers else {})
     files = {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: pack(floats(tensors))}
     side = {"adapter": record_of(adapter), "files": digests(files), "restorable": form.restorable}
     return Exported(write_files(folder, {**files, SIDE: to_json(side)}), form.peft_type, form.errors, form.total)
@@ -100,63 +87,15 @@ def _fits(adapter: Adapter, model: nn.Module | None) -> None:
             raise AdapterMismatch(f"the adapter's site {site.name!r} ({shape}) is not in this model. {did_you_mean(site.name, here)}")
 
 
-# ------------------------------------------------------------------------------------------------------- modules trained as a whole
-def _unfrozen(adapter: Adapter, form: Form, model: nn.Module | None) -> tuple[list[str], dict[str, str]]:
-    """(modules to be saved whole, key of each bias trained alone). Raises NotExportable for anything between the two."""
-    parameters = adapter.unfrozen()
-    homes = {name: _home(name, adapter, parameters, model) for name in parameters}
-    biases = {name: _bias_key(name, form) for name, home in homes.items() if home is None and name.endswith(".bias")}
-    stray = [name for name, home in homes.items() if home is None and name not in biases]
-    if stray:
-        raise NotExportable(f"{len(stray)} trained parameters ({stray[0]}, …) are not whole modules or biases, and PEFT saves nothing else")
-    saved = sorted({home for home in homes.values() if home is not None})
-    saved = [name for name in saved if not any(name.startswith(other + ".") for other in saved)]
-    inside = [name for name in form.pairs if any(matches_head(name, other) for other in saved)]
-    if inside:
-        raise NotExportable(f"site {inside[0]!r} lies in a module that is trained as a whole; PEFT has no form for both")
-    return saved, biases
-
-
-def matches_head(name: str, module: str) -> bool:
-    """Whether a path is a module or lies in it."""
-    return name == module or name.startswith(module + ".")
-
-
-def _home(parameter: str, adapter: Adapter, parameters: Mapping[str, Tensor], model: nn.Module | None) -> str | None:
-    """The module that was unfrozen whole and holds the parameter: the highest that a pattern of the recipe names."""
-    prefixes = [parameter[:i] for i, c in enumerate(parameter) if c == "."]
-    named = [p for p in prefixes for entry in adapter.method().unfreeze if matches_entry(entry, p) or fnmatch.fnmatchcase(p, entry)]
-    if named:
-        return named[0]
-    if model is not None and all(f"{prefixes[-1]}.{k}" in parameters for k in model.get_submodule(prefixes[-1]).state_dict()):
-        return prefixes[-1]
-    return None
-
-
-def _bias_key(name: str, form: Form) -> str:
-    """An adapted module's own bias is its base layer's."""
-    module = name.removesuffix(".bias")
-    return f"{PREFIX}{module}.base_layer.bias" if module in form.pairs else PREFIX + name
-
-
-def _check_head(task_type: str | None, saved: list[str]) -> None:
-    heads = HEADS.get(task_type or "", ())
-    if heads and not any(module.endswith(heads) for module in saved):
-        raise NotExportable(
-            f"under task_type {task_type} PEFT loads a trained head ({' or '.join(heads)}), and this adapter has none; "
-            "train one (unfreeze), or leave task_type out"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------- the three files
-def _tensors(adapter: Adapter, form: Form, biases: Mapping[str, str]) -> dict[str, Tensor]:
-    found = {
+# -------------------------------------------------------------------------------------------------------------------- the tensors
+def _tensors(adapter: Adapter, form: Form, saved: Saved) -> dict[str, Tensor]:
+    pairs = {
         key_of(module, name, form.peft_type, pair.kind): tensor
         for module, pair in form.pairs.items()
         for name in ("A", "B", "E", "m")
         if (tensor := getattr(pair, name)) is not None
     }
-    return found | {biases.get(name, PREFIX + name): tensor for name, tensor in adapter.unfrozen().items()}
+    return pairs | {saved.biases.get(name, PREFIX + name): tensor for name, tensor in adapter.unfrozen().items()}
 
 
 def _base_weights(form: Form, model: nn.Module | None) -> dict[str, Tensor]:
@@ -166,15 +105,14 @@ def _base_weights(form: Form, model: nn.Module | None) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}.base_layer.weight": model.get_submodule(name).weight.detach() for name in modules}  # type: ignore[operator]
 
 
-def _config(
-    adapter: Adapter, form: Form, saved: list[str], biases: Mapping[str, str], model: nn.Module | None, named: Mapping[str, str]
-) -> dict[str, Any]:
+# -------------------------------------------------------------------------------------------------------------- the configuration
+def _config(adapter: Adapter, form: Form, saved: Saved, named: Mapping[str, str], model: nn.Module | None) -> dict[str, Any]:
     """The defaults; over them what the PEFT folder said that the adapter came from; over that what the adapter itself says."""
     carried = _carried(adapter, form.peft_type)
     config = {**DEFAULTS[form.peft_type], **carried, **named}
     config["init_lora_weights"] = config["init_lora_weights"] if config["init_lora_weights"] in HARMLESS else True
-    config |= {"modules_to_save": _saved_list(config, saved, model), "bias": _bias(biases), "lora_dropout": _dropout(adapter)}
-    config["fan_in_fan_out"] = any(_is_conv1d(name, model) for name in form.pairs)
+    config["modules_to_save"] = listed(saved, config["modules_to_save"], model)
+    config |= {"bias": saved.bias, "lora_dropout": _dropout(adapter), "fan_in_fan_out": any(_is_conv1d(name, model) for name in form.pairs)}
     config |= {name: number(value) if isinstance(value, float) else value for name, value in form.fields.items()}
     config |= SAID[form.peft_type](form, carried)
     if not selected(config, form.pairs, model):
@@ -184,6 +122,15 @@ def _config(
         kind = model.__class__
         config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return config
+
+
+def _carried(adapter: Adapter, peft_type: str) -> dict[str, Any]:
+    """Fields of the configuration that the adapter was once read from."""
+    before = adapter.meta.get("peft")
+    if not isinstance(before, dict) or before.get("peft_type") != peft_type:
+        return {}
+    known = check_config(before, Path("the adapter's meta"))
+    return {name: known[name] for name in set(known) & set(DEFAULTS[peft_type]) - DETERMINED}
 
 
 def _ranks(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,33 +148,6 @@ def _schedule(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
 
 SAID: dict[str, Callable[[Form, Mapping[str, Any]], dict[str, Any]]] = {"LORA": _ranks, "ADALORA": _schedule}
 """What a form says in the fields of its type, as far as possible in the words that its configuration once used."""
-
-
-def _carried(adapter: Adapter, peft_type: str) -> dict[str, Any]:
-    """Fields of the configuration that the adapter was once read from."""
-    before = adapter.meta.get("peft")
-    if not isinstance(before, dict) or before.get("peft_type") != peft_type:
-        return {}
-    known = check_config(before, Path("the adapter's meta"))
-    return {name: known[name] for name in set(known) & set(DEFAULTS[peft_type]) - DETERMINED}
-
-
-def _saved_list(config: Mapping[str, Any], saved: list[str], model: nn.Module | None) -> list[str] | None:
-    """The list as it was, when it still means these modules; else their names."""
-    before = config["modules_to_save"]
-    if before and all(saved_module(name + ".", before) == name for name in saved) and saved:
-        return before  # type: ignore[no-any-return]
-    names = module_names(model) if model is not None else []
-    for other in names:
-        if any(other.endswith(name) and not matches_head(other, name) for name in saved):
-            raise NotExportable(f"PEFT would take {other!r} for one of the modules that were trained whole ({', '.join(saved)})")
-    return saved or None
-
-
-def _bias(biases: Mapping[str, str]) -> str:
-    if not biases:
-        return "none"
-    return "lora_only" if all(key.endswith(".base_layer.bias") for key in biases.values()) else "all"
 
 
 def _dropout(adapter: Adapter) -> float:

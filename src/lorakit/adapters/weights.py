@@ -29,10 +29,10 @@ def _owned(tensor: Tensor) -> Tensor:
 
 def unpack(data: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors in a file's bytes. `path` is for the message. Raises CheckpointError for a pickle, garbage or a cut-off file."""
-    if data.startswith(PICKLE_STARTS):
-        raise CheckpointError(refusal(path))
     header = int.from_bytes(data[:8], "little")
-    if not 0 < header <= min(HEADER_LIMIT, len(data) - 8):
+    if data[8:9] != b"{" or not 0 < header <= min(HEADER_LIMIT, len(data) - 8):
+        if data.startswith(PICKLE_STARTS):
+            raise CheckpointError(refusal(path))
         raise CheckpointError(f"{path} is not a whole safetensors file: its {len(data)} bytes do not hold the header they announce")
     try:
         return safetensors.torch.load(data)

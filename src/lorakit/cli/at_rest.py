@@ -1,6 +1,7 @@
 """`lorakit inspect` and `lorakit convert`: adapters at rest."""
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ def inspect(
         spectrum_plot(report, plot)
     if as_json:
         return print(json.dumps(report.as_dict(), indent=1))
-    Console().print(report.table())
+    Console(width=None if sys.stdout.isatty() else 140).print(report.table())
     if plot:
         print("spectrum:", plot)
 

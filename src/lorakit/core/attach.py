@@ -197,6 +197,9 @@ class Adapted:
                 slot.active = ()
                 if id(base.module) in tied:
                     self._set_tied(False)
+        weights = {id(m._parameters.get("weight")) for m in self.model.modules()}
+        if any(id(u.original) in weights for n in self.active for u in self.unfrozen[n]):  # trained beside a frozen twin
+            self._set_tied(False)
         self._merged = True
         return self.model
 

@@ -5,7 +5,6 @@ This is the one place where something concrete is subclassed, and this forward n
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from lorakit.core.base import Base
 from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta, Factors
+from lorakit.core.generated import generate
 from lorakit.core.site import Site
 
 
@@ -132,13 +132,4 @@ def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return self.lora(x, plain.forward(self, x))  # type: ignore[operator, no-any-return]
 
-    def reduce(self: nn.Module) -> tuple[Any, ...]:  # the class has no importable name, so pickle by the plain one
-        return _unpickled, (plain,), self.__dict__
-
-    body = {"forward": forward, "__reduce__": reduce, "plain_class": plain, "generated": True, "__module__": plain.__module__}
-    return type(f"Adapted{plain.__name__}", (plain,), body)
-
-
-def _unpickled(plain: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(plain)  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
-    return cls.__new__(cls)
+    return generate("Adapted", adapted_class, plain, forward=forward, plain_class=plain)

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from lorakit.core.errors import NoSuchSite, did_you_mean
+from lorakit.core.generated import plain_type
 
 Kind = Literal["linear", "embedding"]
 
@@ -61,11 +62,6 @@ class Site:
 
 
 Where = str | Sequence[str] | Callable[[Site], bool]
-
-
-def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The class beneath those that this project generates (core/layer.py, core/unfreeze.py)."""
-    return next(c for c in type(module).__mro__ if "generated" not in vars(c))
 
 
 def supported(module: nn.Module) -> Kind | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.errors import NoSuchSite, did_you_mean
+from lorakit.core.generated import generate
 
 
 @dataclass
@@ -92,12 +93,4 @@ def _casting_class(plain: type[nn.Module], stored: torch.dtype) -> type[nn.Modul
             for name in names:
                 del self.__dict__[name]
 
-    def reduce(self: nn.Module) -> tuple[Any, ...]:
-        return _unpickled, (plain, stored), self.__dict__
-
-    return type(f"Casting{plain.__name__}", (plain,), {"forward": forward, "casting": plain, "generated": True, "__reduce__": reduce})
-
-
-def _unpickled(plain: type[nn.Module], stored: torch.dtype) -> nn.Module:
-    cls = _casting_class(plain, stored)  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
-    return cls.__new__(cls)
+    return generate("Casting", _casting_class, plain, stored, forward=forward, casting=plain)

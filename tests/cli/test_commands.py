@@ -1,0 +1,79 @@
+"""The commands that use a finished adapter, as a user types them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from train.runs import config
+from typer.testing import CliRunner
+
+from lorakit.cli.main import app
+from lorakit.train.train import train
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("run")
+    settings = config(tmp, learning_rate=5e-2)
+    train(settings, quiet=True)
+    return Path(settings.output_dir) / "adapter"
+
+
+def run(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_train_from_yaml_and_flags(tmp_path: Path, adapter: Path) -> None:
+    base = adapter.parents[1]
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {base / 'model'}\ntrain_data: {base / 'data.jsonl'}\nmax_length: 64\nmethod: dora\nr: 2\n")
+    text = run("train", str(file), "--max-steps", "2", "--output-dir", str(tmp_path / "out"), "--quiet")
+    assert "adapter:" in text
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())["recipe"]["name"] == "dora"
+    assert "already holds a run" in run("train", str(file), "--max-steps", "2", "--output-dir", str(tmp_path / "out"), code=2)
+
+
+def test_dry_run_and_keys(adapter: Path) -> None:
+    base = adapter.parents[1]
+    assert "activations" in run("train", "--model", str(base / "model"), "--train-data", str(base / "data.jsonl"), "--dry-run")
+    assert "early_stopping_patience" in run("train", "--keys")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--lerning-rate", "1"], "unknown key 'lerning_rate' (method lora). Did you mean 'learning_rate'"),
+        (["train", "--method", "lorra"], "Did you mean 'lora'"),
+        (["train", "stray"], "cannot read the configuration stray"),
+        (["train", "--r", "2", "stray"], "unexpected argument 'stray'"),
+        (["eval", "./nowhere", "--data", "x.jsonl"], "there is no folder"),
+        (["merge", "./nowhere", "--out", "x"], "there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], expected: str) -> None:
+    text = run(*words, code=2)
+    assert expected in text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+
+
+def test_eval_generate_chat(adapter: Path) -> None:
+    data = str(adapter.parents[1] / "data.jsonl")
+    assert json.loads(run("eval", str(adapter), "--data", data, "--json"))["bits_per_byte"] > 0
+    base = json.loads(run("eval", "base", "--model", str(adapter.parents[1] / "model"), "--data", data, "--json"))
+    assert base["loss"] > json.loads(run("eval", str(adapter), "--data", data, "--json"))["loss"]
+    assert run("generate", str(adapter), "--prompt", "line 1", "--max-new-tokens", "4")
+    assert run("chat", str(adapter), "--message", "hello", "--max-new-tokens", "4")
+
+
+def test_inspect_merge_convert(adapter: Path, tmp_path: Path) -> None:
+    assert "q_proj" in run("inspect", str(adapter), "--plot", str(tmp_path / "spectrum.png"))
+    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    assert "verified on" in run("merge", str(adapter), "--out", str(tmp_path / "merged"))
+    model = str(adapter.parents[1] / "model")
+    run("convert", str(adapter), "--to", "peft", "--out", str(tmp_path / "peft"), "--model", model)
+    assert "verified on" in run("merge", str(tmp_path / "peft"), "--out", str(tmp_path / "merged2"), "--model", model)
+    run("convert", str(tmp_path / "peft"), "--to", "lorakit", "--out", str(tmp_path / "back"), "--model", model)
+    assert (tmp_path / "back" / "adapter.safetensors").read_bytes() == (adapter / "adapter.safetensors").read_bytes()
