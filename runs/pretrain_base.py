@@ -61,7 +61,7 @@ def documents() -> tuple[list[tuple[str, str]], dict[str, dict[str, object]]]:
     docs: list[tuple[str, str]] = []
     seen: set[str] = set()
     table: dict[str, dict[str, object]] = defaultdict(lambda: {"files": 0, "bytes": 0})
-    digests: dict[str, "hashlib._Hash"] = defaultdict(hashlib.sha256)
+    digests: dict[str, hashlib._Hash] = defaultdict(hashlib.sha256)
     for package, path, name in sources:
         try:
             text = path.read_text(encoding="utf-8")
@@ -77,7 +77,9 @@ def documents() -> tuple[list[tuple[str, str]], dict[str, dict[str, object]]]:
         table[package]["bytes"] = int(table[package]["bytes"]) + len(text.encode())  # type: ignore[call-overload]
         digests[package].update(digest.encode())
     for package, row in table.items():
-        row["version"] = platform.python_version() if package == "stdlib" else importlib.metadata.version(DISTRIBUTION.get(package, package))
+        row["version"] = (
+            platform.python_version() if package == "stdlib" else importlib.metadata.version(DISTRIBUTION.get(package, package))
+        )
         row["sha256"] = digests[package].hexdigest()
     return docs, dict(table)
 
@@ -85,9 +87,13 @@ def documents() -> tuple[list[tuple[str, str]], dict[str, dict[str, object]]]:
 def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     """Byte-level BPE; digits are single tokens so that numbers do not eat the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[EOS, "<|pad|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[EOS, "<|pad|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -107,7 +113,9 @@ def build_corpus(work: Path, args: argparse.Namespace) -> None:
             for enc in tokenizer.encode_batch([t for _, t in part[start : start + 500]]):
                 ids += [*enc.ids, eos]
         np.array(ids, dtype=np.uint16).tofile(work / f"{name}.bin")
-        (work / f"{name}.json").write_text(json.dumps({"tokens": len(ids), "bytes": sum(len(t.encode()) for _, t in part), "files": len(part)}))
+        (work / f"{name}.json").write_text(
+            json.dumps({"tokens": len(ids), "bytes": sum(len(t.encode()) for _, t in part), "files": len(part)})
+        )
     (work / "held.json").write_text(json.dumps([t for _, t in held]))
     (work / "provenance.json").write_text(json.dumps(table, indent=1, sort_keys=True))
 
@@ -116,7 +124,8 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.heads,
         num_key_value_heads=args.heads, intermediate_size=args.intermediate, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
@@ -180,7 +189,13 @@ def train(work: Path, args: argparse.Namespace) -> None:
         done = step + 1
         if done % 10 == 0 or done == args.steps:
             now = time.time()
-            row = {"step": done, "loss": round(loss.item(), 4), "lr": args.lr * scale, "tokens": done * args.batch * 512, "tokens_per_s": round(10 * args.batch * 512 / (now - last))}
+            row = {
+                "step": done,
+                "loss": round(loss.item(), 4),
+                "lr": args.lr * scale,
+                "tokens": done * args.batch * 512,
+                "tokens_per_s": round(10 * args.batch * 512 / (now - last)),
+            }
             last = now
             if done % args.eval_every == 0 or done == args.steps:
                 row["valid_bits_per_byte"] = round(bits_per_byte(model, valid, valid_bytes, args.eval_windows), 4)
@@ -189,7 +204,9 @@ def train(work: Path, args: argparse.Namespace) -> None:
             log.write(json.dumps(row) + "\n")
             log.flush()
         if done % args.save_every == 0 or done == args.steps:
-            torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": done}, work / "state.tmp")
+            torch.save(
+                {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": done}, work / "state.tmp"
+            )
             os.replace(work / "state.tmp", state_path)
     print(f"trained {args.steps - first} steps in {time.time() - began:.0f} s")
 
@@ -259,13 +276,23 @@ def freeze(work: Path, out: Path, args: argparse.Namespace) -> None:
     card(work, out, model, rows, bpb, peers, args)
 
 
-def card(work: Path, out: Path, model: LlamaForCausalLM, rows: list[dict[str, float]], bpb: float, peers: dict[str, float], args: argparse.Namespace) -> None:
+def card(
+    work: Path,
+    out: Path,
+    model: LlamaForCausalLM,
+    rows: list[dict[str, float]],
+    bpb: float,
+    peers: dict[str, float],
+    args: argparse.Namespace,
+) -> None:
     table = json.loads((work / "provenance.json").read_text())
     train_facts = json.loads((work / "train.json").read_text())
     data = "\n".join(f"| {k} {v['version']} | {v['files']} | {v['bytes'] / 1e6:.1f} | `{v['sha256'][:16]}` |" for k, v in table.items())
     val = [r for r in rows if "valid_bits_per_byte" in r]
     decay_at = int(args.steps * (1 - args.decay))
-    curve = "\n".join(f"| {r['step']} | {r['tokens'] / 1e6:.1f} | {r['valid_bits_per_byte']:.3f} |" for r in val[:: max(1, len(val) // 14)] + val[-1:])
+    curve = "\n".join(
+        f"| {r['step']} | {r['tokens'] / 1e6:.1f} | {r['valid_bits_per_byte']:.3f} |" for r in val[:: max(1, len(val) // 14)] + val[-1:]
+    )
     compare = "\n".join(f"| {k} | {v:.3f} |" for k, v in [("**this model**", bpb), *peers.items()])
     seen = args.steps * args.batch * 512
     (out / "README.md").write_text(f"""---
@@ -275,14 +302,18 @@ tags: [lorakit, llama, python]
 ---
 # lorakit's bundled base
 
-A Llama-architecture causal language model of {sum(p.numel() for p in model.parameters()):,} parameters (embeddings tied), pre-trained on Python
-sources by `runs/pretrain_base.sh`, so that lorakit's quickstart, tests and benchmarks measure on a model that has learned something.
+A Llama-architecture causal language model of {sum(p.numel() for p in model.parameters()):,} parameters (embeddings tied),
+pre-trained on Python sources by `runs/pretrain_base.sh`, so that lorakit's quickstart, tests and benchmarks measure on a model that has learned something.
 It is a measuring instrument and a demo, not an assistant.
 
-- Architecture: {args.layers} layers, hidden {args.hidden}, {args.heads} heads, intermediate {args.intermediate}, context 512, byte-level BPE of {args.vocab}.
-- Training: {args.steps} steps of {args.batch} x 512 tokens = {seen / 1e6:.1f} M tokens ({seen / train_facts["tokens"]:.2f} epochs), bf16 autocast, Muon for matrices and
-  AdamW for embeddings and norms, learning rate {args.lr} with {args.warmup} warm-up steps, constant, then linear decay from step {decay_at}.
-- Held out of training, entirely: the standard library's {", ".join(HELD_OUT)} (the built-in tasks), and 1 % of all other files (the figures below).
+- Architecture: {args.layers} layers, hidden {args.hidden}, {args.heads} heads, intermediate {args.intermediate},
+  context 512, byte-level BPE of {args.vocab}.
+- Training: {args.steps} steps of {args.batch} x 512 tokens = {seen / 1e6:.1f} M tokens ({seen / train_facts["tokens"]:.2f} epochs),
+  bf16 autocast, Muon for matrices and
+  AdamW for embeddings and norms, learning rate {args.lr} with
+  {args.warmup} warm-up steps, constant, then linear decay from step {decay_at}.
+- Held out of training, entirely: the standard library's {", ".join(HELD_OUT)} (the built-in
+  tasks), and 1 % of all other files (the figures below).
 
 ## Data
 Tests and vendored copies are left out; files are de-duplicated by content. sha256 is over the files' sha256 in order.
@@ -316,7 +347,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/lorakit/data/base"))
     parser.add_argument("--stage", choices=("corpus", "train", "freeze", "all"), default="all")
     for name, default in dict(vocab=6144, hidden=288, layers=6, heads=6, intermediate=768, steps=3200, batch=16, warmup=60, eval_every=100,
-                              eval_windows=64, save_every=100, threads=2, max_docs=0, tokenizer_docs=3000, ngram_tokens=4_000_000).items():  # fmt: skip
+                              eval_windows=64,
+        save_every=100, threads=2, max_docs=0, tokenizer_docs=3000, ngram_tokens=4_000_000).items():  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.3)

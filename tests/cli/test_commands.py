@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from train.runs import config
 from typer.testing import CliRunner
 
 from lorakit.cli.main import app
 from lorakit.train.train import train
+from tests.train.runs import config
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.runs import class_file, config, model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorakit.core.errors import AdapterMismatch, BadParameter, CheckpointError, NotMergeable
@@ -15,6 +14,7 @@ from lorakit.serve.merge import logits, merge, probes
 from lorakit.serve.open import open_adapter
 from lorakit.serve.score import score
 from lorakit.train.train import train
+from tests.train.runs import class_file, config, model_folder
 
 
 def trained(tmp: Path, **keys: object) -> Path:
@@ -112,7 +112,9 @@ def test_exact_match_of_memorized_answers(tmp_path: Path) -> None:
     rows = [{"prompt": f"{c}=", "completion": c * 2} for c in "abcd"] * 12
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    folder = trained(tmp_path, train_data=str(data), eval_data=str(data), max_steps=60, learning_rate=2e-2, r=8, per_device_train_batch_size=8)
+    folder = trained(
+        tmp_path, train_data=str(data), eval_data=str(data), max_steps=60, learning_rate=2e-2, r=8, per_device_train_batch_size=8
+    )
     assert score(open_adapter(folder), str(data), whole=True, limit=4, exact=True)["exact_match"] >= 0.75
 
 

@@ -52,7 +52,12 @@ def config(tmp: Path, **keys: Any) -> TrainConfig:
 def command(settings: TrainConfig, *extra: str) -> list[str]:
     """The command line of a configuration."""
     flat = settings.model_dump(mode="json", exclude={"method_args"}) | settings.method_args
-    flags = [word for k, v in flat.items() if v is not None for word in (f"--{k.replace('_', '-')}", json.dumps(v) if not isinstance(v, str) else v)]
+    flags = [
+        word
+        for k, v in flat.items()
+        if v is not None
+        for word in (f"--{k.replace('_', '-')}", json.dumps(v) if not isinstance(v, str) else v)
+    ]
     return [sys.executable, "-m", "lorakit.cli.main", "train", *flags, "--quiet", *extra]
 
 

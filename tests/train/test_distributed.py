@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.runs import command, config, finish, start
 
 from lorakit.adapters.io import load_adapter
+from tests.train.runs import command, config, finish, start
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-FLAGS = {"replicated": ["--multi_gpu"], "sharded": ["--use_fsdp", "--fsdp_version", "2"]}  # the names say GPU; ACCELERATE_USE_CPU makes it gloo
+FLAGS = {
+    "replicated": ["--multi_gpu"],
+    "sharded": ["--use_fsdp", "--fsdp_version", "2"],
+}  # the names say GPU; ACCELERATE_USE_CPU makes it gloo
 
 
 def launched(words: list[str], port: int, kind: str) -> list[str]:

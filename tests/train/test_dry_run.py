@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from train.runs import config
 
 from lorakit.core.method import list_methods
 from lorakit.train.distributed import world
 from lorakit.train.dry_run import dry_run
 from lorakit.train.run import Run
 from lorakit.train.train import build
+from tests.train.runs import config
 
 
 @pytest.mark.parametrize("method", list_methods())
@@ -38,5 +38,14 @@ def test_it_prints_configuration_sites_and_memory(tmp_path: Path) -> None:
     console = Console(record=True, width=120)
     dry_run(config(tmp_path, method="lora", alpha=3)).show(console)
     text = console.export_text()
-    for expected in ("alpha: 3", "r: 2", "learning_rate: 0.01", "model.layers.1.mlp.down_proj", "32 × 64", "activations", "optimizer", "packed into"):
+    for expected in (
+        "alpha: 3",
+        "r: 2",
+        "learning_rate: 0.01",
+        "model.layers.1.mlp.down_proj",
+        "32 × 64",
+        "activations",
+        "optimizer",
+        "packed into",
+    ):
         assert expected in text

@@ -1,4 +1,5 @@
-"""Resume is exact: kill -9 at any moment, run the same command with --resume auto, and the adapter's bytes are those of the uninterrupted run."""
+"""Resume is exact: kill -9 at any moment, run the same command with --resume auto, and the adapter's bytes are those of the
+uninterrupted run."""
 
 import random
 import signal
@@ -6,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from train.runs import command, config, finish, start
 
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.train import train
+from tests.train.runs import command, config, finish, start
 
 KEYS = {
     "lora": {"dropout": 0.1},
@@ -28,7 +29,15 @@ def test_a_run_cut_in_two_ends_with_the_same_bytes(tmp_path: Path, method: str, 
     """In one process: stop by an exception between two steps, then resume. Model dropout, evaluation and best checkpoint included."""
     from lorakit.train.run import Run
 
-    keys = {"method": method, "max_steps": 11, "save_steps": 3, "eval_steps": 4, "load_best_model_at_end": True, "warmup_steps": 2, **KEYS[method]}
+    keys = {
+        "method": method,
+        "max_steps": 11,
+        "save_steps": 3,
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "warmup_steps": 2,
+        **KEYS[method],
+    }
     whole = config(tmp_path, output_dir=str(tmp_path / "whole"), **keys)
     train(whole, quiet=True)
     real = Run._step

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.runs import class_file, config, model_folder, text_file
 
 import lorakit
 from lorakit.adapters.io import load_adapter
@@ -15,6 +14,7 @@ from lorakit.train.config import make_config
 from lorakit.train.distributed import world
 from lorakit.train.run import Run
 from lorakit.train.train import build, train
+from tests.train.runs import class_file, config, model_folder, text_file
 
 
 def tensors(out: str | Path) -> dict[str, torch.Tensor]:
@@ -52,7 +52,8 @@ def test_accumulation_is_exact_for_uneven_token_counts(tmp_path: Path, packing: 
     found = {}
     for size, accumulate in ((8, 1), (2, 4)):
         settings = config(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, packing=packing, max_steps=3, lr_scheduler_type="constant",
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, packing=packing,
+            max_steps=3, lr_scheduler_type="constant",
             output_dir=str(tmp_path / f"out{size}"), save_steps=0,
         )  # fmt: skip
         train(settings, quiet=True)
@@ -73,7 +74,8 @@ def test_gradients_of_accumulation_equal_to_rounding(tmp_path: Path) -> None:
 def test_early_stopping_and_best_checkpoint(tmp_path: Path) -> None:
     """A rate that diverges: training stops after `patience` worse evaluations, and the best adapter is the one saved."""
     settings = config(
-        tmp_path, max_steps=60, eval_steps=2, learning_rate=1.0, early_stopping_patience=2, load_best_model_at_end=True, lr_scheduler_type="constant",
+        tmp_path, max_steps=60, eval_steps=2, learning_rate=1.0,
+        early_stopping_patience=2, load_best_model_at_end=True, lr_scheduler_type="constant",
         max_grad_norm=0.0,
     )  # fmt: skip
     result = train(settings, quiet=True)
@@ -87,7 +89,15 @@ def test_classification_trains_and_saves_the_head(tmp_path: Path) -> None:
     for arch in ("llama", "bert"):
         data = class_file(tmp_path / "classes.jsonl")
         folder = model_folder(tmp_path / arch, arch)
-        settings = config(tmp_path, model=folder, train_data=data, output_dir=str(tmp_path / f"out-{arch}"), max_steps=40, learning_rate=1e-2, save_steps=0)
+        settings = config(
+            tmp_path,
+            model=folder,
+            train_data=data,
+            output_dir=str(tmp_path / f"out-{arch}"),
+            max_steps=40,
+            learning_rate=1e-2,
+            save_steps=0,
+        )
         result = train(settings, quiet=True)
         assert result.final["accuracy"] > 0.9, arch
         assert load_adapter(Path(settings.output_dir) / "adapter").unfrozen(), arch
@@ -222,5 +232,15 @@ def test_yaml_keys_and_flags_agree(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("method: dora\nr: 4\nlearning_rate: 1e-3\ntrain_data: d.jsonl\n")
     flags = parse_flags(["--r", "2", "--sites", "[q_proj, v_proj]", "--no-packing", "--eval-steps=5"])
     found = read_config(tmp_path / "run.yaml", flags)
-    same = make_config({"method": "dora", "r": 2, "learning_rate": 1e-3, "train_data": "d.jsonl", "sites": ["q_proj", "v_proj"], "packing": False, "eval_steps": 5})
+    same = make_config(
+        {
+            "method": "dora",
+            "r": 2,
+            "learning_rate": 1e-3,
+            "train_data": "d.jsonl",
+            "sites": ["q_proj", "v_proj"],
+            "packing": False,
+            "eval_steps": 5,
+        }
+    )
     assert found == same

@@ -19,6 +19,7 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.combine import AddSpec
 from lorakit.core.delta import Delta, Factors
 from lorakit.core.errors import MissingExtra
+from lorakit.core.fingerprint import Fingerprint
 from lorakit.core.site import Site
 
 
@@ -70,13 +71,13 @@ class Report:
 
     def table(self) -> Table:
         """For people."""
-        base = self.base or {}
         size = f"{self.bytes['tensors'] / 1e6:.2f} MB"
-        title = f"{self.recipe}, {len(self.sites)} sites, {size}, made for {base.get('name') or 'an unnamed base'}"
+        base = Fingerprint(**self.base) if self.base else "an unknown base"
+        title = f"{self.recipe}, {len(self.sites)} sites, {size}, made for {base}"
         note = "norms of s·B·A alone: the method also rescales W" if self.rescales else None
         table = Table(title=Text(title), caption=note)
         for column in ("site", "shape", "rank", "effective rank", "norm", "largest σ"):
-            table.add_column(column, justify="left" if column == "site" else "right")
+            table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
         for s in self.sites:
             figures = (f"{s.effective_rank:.1f}", f"{s.norm:.3g}", f"{max(s.singular_values, default=0.0):.3g}")
             table.add_row(Text(s.name), f"{s.d_out}×{s.d_in}", str(s.rank), *figures)  # Text: the brackets of c_attn[q] are no markup

@@ -6,10 +6,13 @@ PEFT asks the patterns in the order of the file, lorakit in sorted order; PEFT w
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from lorakit.core.scale import Rank
+
+T = TypeVar("T")
 
 Wanted = Mapping[str, tuple[int, float]]
 """(r, s) by module name."""
@@ -25,12 +28,11 @@ def rank_in(config: Mapping[str, Any]) -> Rank:
 
 
 def expressed(wanted: Wanted, *preferred: Rank) -> Rank:
-    """A rule that gives every module its (r, s): the first preferred one that does, less its idle patterns, or else one made of names."""
+    """A rule that gives every module its (r, s), its patterns sorted: the first of those preferred that does, or else one made of names."""
     for rank in preferred:
-        patterns = {"rank_pattern": _busy(rank.rank_pattern, wanted), "alpha_pattern": _busy(rank.alpha_pattern, wanted)}
-        kept = Rank.of(rank.r, rank.alpha, rule=rank.rule, **patterns)
-        if rank.rule in RULES.values() and all(_same(kept.named(name), value) for name, value in wanted.items()):
-            return kept
+        ordered = replace(rank, rank_pattern=tuple(sorted(rank.rank_pattern)), alpha_pattern=tuple(sorted(rank.alpha_pattern)))
+        if rank.rule in RULES.values() and all(_same(ordered.named(name), value) for name, value in wanted.items()):
+            return ordered
     return _by_name(wanted)
 
 
@@ -39,9 +41,13 @@ def _same(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return one[0] == other[0] and math.isclose(one[1], other[1], rel_tol=1e-14)
 
 
-def _busy(pattern: tuple[tuple[str, Any], ...], wanted: Wanted) -> dict[str, Any]:
-    """The entries that match some module: PEFT warns of the others."""
-    return {key: value for key, value in pattern if any(re.match(rf"(.*\.)?({key})$", name) for name in wanted)}
+def trimmed(rank: Rank, names: Iterable[str]) -> Rank:
+    """Without the patterns that match none of these modules: PEFT warns of them."""
+
+    def busy(pattern: tuple[tuple[str, T], ...]) -> tuple[tuple[str, T], ...]:
+        return tuple((key, value) for key, value in pattern if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+
+    return replace(rank, rank_pattern=busy(rank.rank_pattern), alpha_pattern=busy(rank.alpha_pattern))
 
 
 def _by_name(wanted: Wanted) -> Rank:

@@ -17,7 +17,7 @@ from lorakit.adapters.peft_config import CONFIG, DEFAULTS, DETERMINED, HARMLESS,
 from lorakit.adapters.peft_files import SIDE, WEIGHTS, digests
 from lorakit.adapters.peft_form import Form, form_of
 from lorakit.adapters.peft_names import CONV1D, PREFIX, VOCABULARY, key_of, selected, targets
-from lorakit.adapters.peft_rank import config_of, expressed, number, rank_in
+from lorakit.adapters.peft_rank import config_of, expressed, number, rank_in, trimmed
 from lorakit.adapters.peft_saved import Saved, check_head, listed, saved_of
 from lorakit.adapters.record import record_of, to_json
 from lorakit.adapters.weights import floats, pack
@@ -134,7 +134,7 @@ def _carried(adapter: Adapter, peft_type: str) -> dict[str, Any]:
 
 
 def _ranks(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
-    preferred = ([rank_in(carried)] if carried else []) + ([form.rank] if form.rank is not None else [])
+    preferred = ([rank_in(carried)] if carried else []) + ([trimmed(form.rank, form.pairs)] if form.rank is not None else [])
     return config_of(expressed({name: (pair.r, pair.s) for name, pair in form.pairs.items()}, *preferred))
 
 

@@ -1,6 +1,7 @@
 """Quickstart: LoRA on the bundled base and a task held out of its pre-training, against full fine-tuning and two controls.
 
-Every arm sees the same batches and gets the better of three learning rates. The adapters sit below the head: LoRA adapts the linear layers of the blocks, so
+Every arm sees the same batches and gets the better of three learning rates. The adapters sit below the head: LoRA adapts the linear
+layers of the blocks, so
 that what the head alone or the norms alone can do is a fair control.
 """
 
@@ -72,21 +73,28 @@ def arms(rank: int) -> list[Arm]:
     ]
 
 
-def quickstart(out: str | Path, *, task: str = TASK, steps: int = 60, rank: int = 4, eval_windows: int = 48, console: Console | None = None) -> dict[str, Any]:
-    """Run all arms, print the table, save the best LoRA adapter, merge it with verification, and write report.json and curve.png to `out`."""
+def quickstart(
+    out: str | Path, *, task: str = TASK, steps: int = 60, rank: int = 4, eval_windows: int = 48, console: Console | None = None
+) -> dict[str, Any]:
+    """Run all arms, print the table, save the best LoRA adapter, merge it with verification, and write report.json and curve.png to
+    `out`."""
     console = console or Console()
     began = time.perf_counter()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config = make_config({
-        "train_data": task, "max_length": 256, "per_device_train_batch_size": 8, "max_steps": steps, "save_steps": 0, "lr_scheduler_type": "cosine",
+        "train_data": task, "max_length": 256, "per_device_train_batch_size": 8, "max_steps": steps,
+        "save_steps": 0, "lr_scheduler_type": "cosine",
         "warmup_steps": min(5, steps), "weight_decay": 0.0,
     })  # fmt: skip
     seed_everything(config.seed)
     tokenizer, model, here = load_tokenizer(BUNDLED), load_model(BUNDLED), world()
     data = prepare(read_rows(config), config, tokenizer, packing=True)
     data.valid.items[:] = data.valid.items[:eval_windows]
-    console.print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; task {task}: {data.train.account}; {steps} steps of 8 windows an arm")
+    console.print(
+        f"base: {sum(p.numel() for p in model.parameters()):,} parameters; task {task}: {data.train.account}; "
+        f"{steps} steps of 8 windows an arm"
+    )
     base = evaluate(model, bytes_of(data, tokenizer).valid, batch_size=16)
     data = bytes_of(data, tokenizer)
     outcomes = []
@@ -151,7 +159,8 @@ def summary(
     gap = base["loss"] - full.loss
     rows = {
         o.arm.name: {
-            "loss": o.loss, "bits_per_byte": o.figures["bits_per_byte"], "trainable_params": o.params, "seconds": o.seconds, "memory": o.memory,
+            "loss": o.loss, "bits_per_byte": o.figures["bits_per_byte"], "trainable_params": o.params,
+            "seconds": o.seconds, "memory": o.memory,
             "trials": {f"{r:g}": x for r, x in o.trials.items()}, "gap_closed": (base["loss"] - o.loss) / gap,
             "gain_per_million_params": (base["loss"] - o.loss) / o.params * 1e6,
         } for o in outcomes
@@ -181,8 +190,14 @@ def show(console: Console, base: dict[str, float], outcomes: list[Outcome], repo
         console.print(f"[prompt] {c['prompt']!r}\n  base:    {c['before']!r}\n  adapter: {c['after']!r}", highlight=False, markup=False)
     m = report["merge"]
     verdict = "equal within tolerance" if m["ok"] else "NOT equal"
-    console.print(f"merge --verify: {verdict}, largest logit difference {m['max_abs_diff']:.2e}, perplexity change {100 * m['perplexity_change']:+.4f} %")
-    console.print(f"adapter: {out / 'adapter'} ({report['adapter_bytes']:,} bytes)  curve: {out / 'curve.png'}  report: {out / 'report.json'}", soft_wrap=True)
+    console.print(
+        f"merge --verify: {verdict}, largest logit difference {m['max_abs_diff']:.2e}, "
+        f"perplexity change {100 * m['perplexity_change']:+.4f} %"
+    )
+    console.print(
+        f"adapter: {out / 'adapter'} ({report['adapter_bytes']:,} bytes)  curve: {out / 'curve.png'}  report: {out / 'report.json'}",
+        soft_wrap=True,
+    )
     console.print(f"{report['seconds']:.0f} seconds")
 
 

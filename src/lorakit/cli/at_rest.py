@@ -37,8 +37,12 @@ def convert(
     out: Annotated[str, typer.Option("--out", help="new folder")],
     to: Annotated[str, typer.Option("--to", help="peft or lorakit")] = "peft",
     model: Model = None,
-    plain: Annotated[bool, typer.Option("--plain", help="PiSSA, AdaLoRA, …: write the exact plain LoRA instead of PEFT's own type")] = False,
-    svd_rank: Annotated[int | None, typer.Option("--svd-rank", min=1, help="what has no exact form: approximate at this rank, and print the error")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="PiSSA, AdaLoRA, …: write the exact plain LoRA instead of PEFT's own type")
+    ] = False,
+    svd_rank: Annotated[
+        int | None, typer.Option("--svd-rank", min=1, help="what has no exact form: approximate at this rank, and print the error")
+    ] = None,
 ) -> None:
     """Convert between lorakit's format and PEFT's, both ways."""
     from lorakit.adapters.convert import convert as run

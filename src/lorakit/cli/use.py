@@ -32,7 +32,9 @@ def eval_(
     """Held-out loss, perplexity and bits per byte; accuracy and F1 for classifiers; exact match on request."""
     from lorakit.serve.score import score
 
-    figures = score(_open(adapter, model, force), data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match)
+    figures = score(
+        _open(adapter, model, force), data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match
+    )
     if as_json:
         return print(json.dumps(figures, indent=1))
     table = Table(*figures, box=None)
@@ -94,7 +96,9 @@ def merge(
     out: Annotated[str, typer.Option("--out", help="new folder for the merged model")],
     model: Model = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the training dtype")] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare adapter and merged model, refuse over the tolerance")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="compare adapter and merged model, refuse over the tolerance")
+    ] = True,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="largest logit difference in fp32")] = 1e-3,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     force: Force = False,

@@ -316,7 +316,8 @@ class Adapted:
 
 
 class _Prepare:
-    """Before each forward of the model: a fresh step for masks in training, and checkpointing that recomputes under the forward's own context."""
+    """Before each forward of the model: a fresh step for masks in training, and checkpointing that recomputes under the forward's own
+    context."""
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
@@ -368,7 +369,8 @@ def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Sit
             raise AdapterMismatch(f"the adapter has a site {site.name!r} that this model lacks. {did_you_mean(site.name, here)}")
         if (found.d_out, found.d_in, found.rows) != (site.d_out, site.d_in, site.rows):
             raise AdapterMismatch(
-                f"the adapter was made for a base of other shapes: {site.name} is {site.d_out} × {site.d_in} there, {found.d_out} × {found.d_in} here"
+                f"the adapter was made for a base of other shapes: {site.name} is {site.d_out} × {site.d_in} there, "
+                f"{found.d_out} × {found.d_in} here"
             )
     return list(what.sites)
 

@@ -1,12 +1,12 @@
 """What can go wrong, each with one clear line: what was found, what was expected, what to type instead.
 
-    LorakitError
-    ├── NoSuchSite · NoSuchMethod · BadParameter      a name or value the user typed
-    ├── Incompatible                                  parts that cannot work together
-    ├── NotMergeable · NotExportable                  an operation the method cannot do exactly
-    ├── AdapterMismatch                               an adapter that does not fit the model or its own recipe
-    ├── CheckpointError · DataError                   files
-    └── MissingExtra                                  an optional dependency
+LorakitError
+├── NoSuchSite · NoSuchMethod · BadParameter      a name or value the user typed
+├── Incompatible                                  parts that cannot work together
+├── NotMergeable · NotExportable                  an operation the method cannot do exactly
+├── AdapterMismatch                               an adapter that does not fit the model or its own recipe
+├── CheckpointError · DataError                   files
+└── MissingExtra                                  an optional dependency
 """
 
 import difflib

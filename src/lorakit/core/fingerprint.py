@@ -1,7 +1,9 @@
 """Which base an adapter was made for: the same for fp32, bf16 and quantized loads of one checkpoint.
 
-`checkpoint`: digest of the source folder's safetensors (names, shapes, dtypes, and sampled bytes of every tensor), when the model came from one.
-`rows`: digest of sampled entries of every floating parameter, rounded to bf16 first, so that an fp32 and a bf16 load agree; None when some weights
+`checkpoint`: digest of the source folder's safetensors (names, shapes, dtypes, and sampled bytes of every tensor), when the model came
+from one.
+`rows`: digest of sampled entries of every floating parameter, rounded to bf16 first, so that an fp32 and a bf16 load agree; None when
+some weights
 are stored in another form (quantized).
 """
 

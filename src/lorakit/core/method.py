@@ -1,7 +1,7 @@
 """A method is a frozen value: which parts, at which sites. A registered function makes it, and its signature is the configuration.
 
-    @method("lora", paper="arXiv:2106.09685", survey="2.1", kind="delta")
-    def lora(r: int = 8, alpha: float = 16.0, ...) -> Method: ...
+@method("lora", paper="arXiv:2106.09685", survey="2.1", kind="delta")
+def lora(r: int = 8, alpha: float = 16.0, ...) -> Method: ...
 """
 
 import dataclasses
@@ -170,4 +170,6 @@ def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
-        raise BadParameter(f"method {name!r}: {key}={value!r} is not {getattr(hint, '__name__', hint)}: {error.errors()[0]['msg']}") from None
+        raise BadParameter(
+            f"method {name!r}: {key}={value!r} is not {getattr(hint, '__name__', hint)}: {error.errors()[0]['msg']}"
+        ) from None

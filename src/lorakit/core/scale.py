@@ -1,8 +1,8 @@
 """The one scale resolver: (r, s) of a site from r, alpha, the rule and the patterns. Train, merge, export, mix and serve all ask here.
 
-    linear    s = alpha / r             LoRA, arXiv:2106.09685
-    sqrt      s = alpha / sqrt(r)       rsLoRA, arXiv:2312.03732
-    guarded   s = alpha / (r + 1e-5)    AdaLoRA's code; r is the initial rank and never changes when ranks are pruned
+linear    s = alpha / r             LoRA, arXiv:2106.09685
+sqrt      s = alpha / sqrt(r)       rsLoRA, arXiv:2312.03732
+guarded   s = alpha / (r + 1e-5)    AdaLoRA's code; r is the initial rank and never changes when ranks are pruned
 """
 
 import math

@@ -1,6 +1,7 @@
 """Whole modules trained beside the deltas (a classifier head, norms, biases, everything).
 
-The trained parameters are new objects in the modules' places; the originals are kept, so that switching, disabling and detaching are exact, and a weight
+The trained parameters are new objects in the modules' places; the originals are kept, so that switching, disabling and detaching are
+exact, and a weight
 tied to one that stays frozen is untied by being trained. Parameters of a lower precision train in fp32 and are cast inside forward.
 """
 
@@ -59,7 +60,7 @@ def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[Unfrozen]:
 
 
 def _hits(pattern: str, full: str, path: str) -> bool:
-    prefixes = [path, full, *(path[: i] for i, c in enumerate(path) if c == ".")]
+    prefixes = [path, full, *(path[:i] for i, c in enumerate(path) if c == ".")]
     return any(p == pattern or p.endswith("." + pattern) or fnmatch.fnmatchcase(p, pattern) for p in prefixes)
 
 

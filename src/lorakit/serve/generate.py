@@ -19,7 +19,9 @@ def stream(opened: Opened, prompt: str, *, max_new_tokens: int = 128, temperatur
     yield from _stream(opened, ids, max_new_tokens, temperature, seed)
 
 
-def stream_chat(opened: Opened, messages: list[Message], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+def stream_chat(
+    opened: Opened, messages: list[Message], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+) -> Iterator[str]:
     """Pieces of the assistant's next turn. Raises BadParameter when the tokenizer has no chat template."""
     if opened.tokenizer.chat_template is None:
         raise BadParameter("this model's tokenizer has no chat template; use generate, or train with --chat-template")

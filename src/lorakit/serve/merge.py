@@ -1,6 +1,7 @@
 """Merge an adapter into a copy of its base, and prove that the two say the same.
 
-The merged model is computed in fp32, saved in the target dtype, loaded again with plain Transformers, and compared with the adapter on sample prompts: in
+The merged model is computed in fp32, saved in the target dtype, loaded again with plain Transformers, and compared with the adapter on
+sample prompts: in
 fp32 before saving, and in the target dtype after. The input is never touched.
 """
 
@@ -28,7 +29,8 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """`max_abs_diff`: largest logit difference of adapter and merged model in fp32; `target_max_abs_diff`: the same with the merged model as saved,
+    """`max_abs_diff`: largest logit difference of adapter and merged model in fp32; `target_max_abs_diff`: the same with the merged
+    model as saved,
     in `dtype`; perplexities of the sample prompts; `rounding`: what the base's own rounding to `dtype` changes (0 in fp32)."""
 
     dtype: str
@@ -57,7 +59,14 @@ class Verdict:
 
 
 def merge(
-    folder: str | Path, out: str | Path, *, model: str | None = None, dtype: str | None = None, verify: bool = True, tolerance: float = 1e-3, force: bool = False
+    folder: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    tolerance: float = 1e-3,
+    force: bool = False,
 ) -> Verdict | None:
     """Write the merged model of adapter `folder` to `out`; it loads with plain AutoModel classes.
 
@@ -84,7 +93,8 @@ def merge(
         verdict = _verdict(opened, plain, partial, probe, before, after, dtype, tolerance, notes) if verify else None
         if verdict is not None and not verdict.ok:
             raise NotMergeable(
-                f"merged and unmerged logits differ by {verdict.max_abs_diff:.2e} in fp32 and {verdict.target_max_abs_diff:.2e} in {dtype}; "
+                f"merged and unmerged logits differ by {verdict.max_abs_diff:.2e} in fp32 and "
+                f"{verdict.target_max_abs_diff:.2e} in {dtype}; "
                 f"tolerance {tolerance:.0e}. Nothing was written; --tolerance accepts more"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,17 +144,29 @@ def _save(plain: nn.Module, opened: Opened, folder: Path, dtype: str) -> None:
 
 
 def _verdict(
-    opened: Opened, plain: nn.Module, folder: Path, probe: list[Tensor], before: list[Tensor], after: list[Tensor], dtype: str, tolerance: float, notes: Any
+    opened: Opened,
+    plain: nn.Module,
+    folder: Path,
+    probe: list[Tensor],
+    before: list[Tensor],
+    after: list[Tensor],
+    dtype: str,
+    tolerance: float,
+    notes: Any,
 ) -> Verdict:
     with torch.no_grad():
         reloaded = type(plain).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[attr-defined]
         saved = [logits(reloaded, ids) for ids in probe]
         rounding = 0.0
-        if dtype != "float32":  # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
+        if (
+            dtype != "float32"
+        ):  # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
             rounded = copy.deepcopy(plain).to(getattr(torch, dtype))
             rounding = largest([logits(rounded, ids) for ids in probe], after)
     perplexities = [math.nan, math.nan] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
-    return Verdict(dtype, largest(before, after), largest(before, saved), rounding, perplexities[0], perplexities[1], len(probe), tolerance, notes)
+    return Verdict(
+        dtype, largest(before, after), largest(before, saved), rounding, perplexities[0], perplexities[1], len(probe), tolerance, notes
+    )
 
 
 def largest(a: list[Tensor], b: list[Tensor]) -> float:

@@ -15,7 +15,14 @@ from lorakit.train.metrics import exact_match
 
 
 def score(
-    opened: Opened, data: str, *, whole: bool = False, limit: int | None = None, max_length: int = 512, batch_size: int = 8, exact: bool = False
+    opened: Opened,
+    data: str,
+    *,
+    whole: bool = False,
+    limit: int | None = None,
+    max_length: int = 512,
+    batch_size: int = 8,
+    exact: bool = False,
 ) -> dict[str, float]:
     """Figures on the validation side of `data` (all of it with `whole`). Raises DataError."""
     rows = load_rows(data, "valid", valid=data if whole else None)[:limit]

@@ -44,7 +44,9 @@ def write_checkpoint(run: Path, step: int, fill: Callable[[Path], None], *, keep
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         left = checkpoints(run)
-        raise CheckpointError(f"cannot write {final}: {error.strerror or error}; the last good checkpoint is {left[-1] if left else 'none'}") from error
+        raise CheckpointError(
+            f"cannot write {final}: {error.strerror or error}; the last good checkpoint is {left[-1] if left else 'none'}"
+        ) from error
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final

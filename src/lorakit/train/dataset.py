@@ -81,7 +81,9 @@ def read_rows(config: TrainConfig) -> Rows:
     return rows
 
 
-def prepare(rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, packing: bool, encoder_decoder: bool = False) -> TrainData:
+def prepare(
+    rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, packing: bool, encoder_decoder: bool = False
+) -> TrainData:
     """Tokenize, pack or pad."""
     if rows.task == "sequence-classification":
         train, valid = (_classes(side, rows.labels, config, tokenizer) for side in (rows.train, rows.valid))

@@ -1,6 +1,7 @@
 """One training run: the loop, its events, and what survives a kill.
 
-A step: before_forward · micro-batches (summed token losses, backward) · divide by the tokens of all processes · penalties · after_backward · clip ·
+A step: before_forward · micro-batches (summed token losses, backward) · divide by the tokens of all processes · penalties ·
+after_backward · clip ·
 optimizer.step · after_step · zero_grad. Dividing once, after the last micro-batch, makes accumulation exact for uneven token counts.
 """
 
@@ -48,7 +49,9 @@ class Position:
 class Run:
     """Trains the active adapter of `adapted`. `out` None: nothing is written."""
 
-    def __init__(self, adapted: Adapted, data: TrainData, config: TrainConfig, world: World, *, out: Path | None, quiet: bool = False) -> None:
+    def __init__(
+        self, adapted: Adapted, data: TrainData, config: TrainConfig, world: World, *, out: Path | None, quiet: bool = False
+    ) -> None:
         self.adapted, self.data, self.config, self.world, self.out = adapted, data, config, world, out
         (self.name,) = adapted.active
         method = adapted.methods[self.name]
@@ -142,7 +145,9 @@ class Run:
         self.world.sum_(grads)
         total_nats, total_tokens = self.world.total(float(nats), tokens)
         if not math.isfinite(total_nats):
-            raise LorakitError(f"the loss is {total_nats} at step {index}; lower learning_rate ({self.config.learning_rate}) or check the data")
+            raise LorakitError(
+                f"the loss is {total_nats} at step {index}; lower learning_rate ({self.config.learning_rate}) or check the data"
+            )
         torch._foreach_mul_(grads, 1 / max(1.0, total_tokens))
         for penalty in self.penalties:
             penalty(self.adapted, self.adapted.context).backward()
@@ -156,7 +161,8 @@ class Run:
         silent = [row.name for row in self.table if row.tensor.grad is None]
         if silent:
             raise Incompatible(
-                f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): their modules never ran; leave them out of sites"
+                f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): "
+                "their modules never ran; leave them out of sites"
             )
 
     def _clip(self) -> tuple[float, float]:
@@ -261,7 +267,10 @@ class Result:
 
     def write(self) -> None:
         """result.json, whose presence says that the run is complete."""
-        text = json.dumps({"steps": self.steps, "final": self.final, "trainable_params": self.trainable, "seconds": self.seconds, "notes": self.notes}, indent=1)
+        text = json.dumps(
+            {"steps": self.steps, "final": self.final, "trainable_params": self.trainable, "seconds": self.seconds, "notes": self.notes},
+            indent=1,
+        )
         partial = self.out / "result.json.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.out / "result.json")

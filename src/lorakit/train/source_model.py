@@ -52,7 +52,9 @@ def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", la
         options |= {"num_labels": len(names) or 2, "id2label": names, "label2id": {v: k for k, v in names.items()}}
     try:
         encoder_decoder = bool(getattr(AutoConfig.from_pretrained(source), "is_encoder_decoder", False))
-        auto = AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        auto = (
+            AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        )
         model: nn.Module = auto.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise BadParameter(f"cannot load a {task} model from {name!r}: {str(error).splitlines()[0]}") from None

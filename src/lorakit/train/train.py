@@ -21,7 +21,7 @@ from lorakit.train.dataset import Rows, TrainData, prepare, read_rows
 from lorakit.train.distributed import World, shard, world
 from lorakit.train.report import draw_curve, read_log
 from lorakit.train.run import Result, Run
-from lorakit.train.source_model import CLASSIFY, head_of, load_model, load_tokenizer, resolve
+from lorakit.train.source_model import CLASSIFY, head_of, load_model, load_tokenizer
 from lorakit.train.state import read_state
 
 
@@ -38,7 +38,8 @@ class Parts:
 def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     """Train an adapter as configured and save it under `output_dir`/adapter.
 
-    With resume="auto" a killed run goes on from its newest checkpoint and ends with the same bits, on CPU, as if it had never been killed; a
+    With resume="auto" a killed run goes on from its newest checkpoint and ends with the same bits, on CPU, as if it had never been
+    killed; a
     finished one returns at once. Raises BadParameter when `output_dir` holds another run.
     """
     out = Path(config.output_dir)
@@ -118,14 +119,18 @@ def claim(out: Path, config: TrainConfig, here: World) -> Result | None:
         differs = [k for k in mine if mine[k] != saved["config"].get(k)]
         if differs:
             k = differs[0]
-            raise BadParameter(f"cannot resume {out}: {k} was {saved['config'].get(k)!r} and is now {mine[k]!r}; use the same configuration")
+            raise BadParameter(
+                f"cannot resume {out}: {k} was {saved['config'].get(k)!r} and is now {mine[k]!r}; use the same configuration"
+            )
         torch.set_num_threads(saved["threads"])  # the number of threads decides the order of sums, and so the bits
         return read_result(out)
     if here.main:
         try:
             out.mkdir(parents=True, exist_ok=True)
             partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps({"config": mine, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=1), encoding="utf-8")
+            partial.write_text(
+                json.dumps({"config": mine, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=1), encoding="utf-8"
+            )
             partial.replace(record)
         except OSError as error:
             raise CheckpointError(f"cannot write to output_dir {out}: {error.strerror or error}") from None

@@ -3,7 +3,8 @@
     lr_B = ratio · lr_A
 
 At large width A and B need rates that differ by a factor growing with the width; one rate for both learns features inefficiently.
-Only B gets the ratio: other vectors (a DoRA magnitude, an unfrozen head) stay at the run's rate. Embedding sites train at a fixed `embedding_lr`.
+Only B gets the ratio: other vectors (a DoRA magnitude, an unfrozen head) stay at the run's rate. Embedding sites train at a fixed
+`embedding_lr`.
 Trained, shapes, init and checkpoint as in `lora`. Defaults: ratio 16 (from memory of the paper; the official README's example has 20),
 embedding_lr 1e-6 (official code).
 References: arXiv:2402.12354; survey 3.3.2.

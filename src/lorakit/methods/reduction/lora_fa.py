@@ -2,8 +2,10 @@
 
     y = W x + s · B (A x)        A: r × d_in random and frozen, B: d_out × r trained from zero
 
-Backward needs A x (r wide), never x (d_in wide), so the adapter keeps r values a token instead of d_in. ΔW's rows stay in the row space of A.
-With `correct` B's gradient becomes g_B (A Aᵀ)⁻¹ / s², the minimizer of ‖s g_B A − g‖_F, so that s·g_B·A is the full gradient g projected on the
+Backward needs A x (r wide), never x (d_in wide), so the adapter keeps r values a token instead of d_in. ΔW's rows stay in the row
+space of A.
+With `correct` B's gradient becomes g_B (A Aᵀ)⁻¹ / s², the minimizer of ‖s g_B A − g‖_F, so that s·g_B·A is the full gradient g
+projected on the
 row space of A (version 2 of the paper; eps 1e-6 for Adam as the correction rescales gradients). Dropout keeps a mask of x's size and spoils
 the saving: it is 0 and not offered.
 At an embedding A ~ N(0, 1) and B = 0: LoRA's own start there, A = 0, would never learn.

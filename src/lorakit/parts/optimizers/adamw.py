@@ -14,7 +14,8 @@ from lorakit.core.params import Param, ParamTable
 
 @dataclass(frozen=True)
 class AdamW:
-    """torch.optim.AdamW. `ratios`: (role, multiplier) pairs; `embedding_lr`: a fixed rate for embedding sites (LoRA+), None for the run's."""
+    """torch.optim.AdamW. `ratios`: (role, multiplier) pairs; `embedding_lr`: a fixed rate for embedding sites (LoRA+), None for the
+    run's."""
 
     rule: ClassVar[str] = "adamw"
     """The optimizer's row in the memory estimator's table of states."""
