@@ -37,7 +37,8 @@ def model(dtype: torch.dtype, args: argparse.Namespace) -> LlamaForCausalLM:
     """The same weights every time."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=8, intermediate_size=args.hidden * 8 // 3 // 32 * 32
+        vocab_size=8192, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=8,
+        intermediate_size=args.hidden * 8 // 3 // 32 * 32
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).train()
 
@@ -103,7 +104,8 @@ def main() -> None:
         for name in PAIRS:
             a, b = median[f"lorakit {name}"], median[f"peft {name}"]
             row = {
-                "dtype": str(dtype).removeprefix("torch."), "method": name, "lorakit_s": round(a, 4), "peft_s": round(b, 4), "limit_s": round(median["limit"], 4),
+                "dtype": str(dtype).removeprefix("torch."), "method": name,
+                "lorakit_s": round(a, 4), "peft_s": round(b, 4), "limit_s": round(median["limit"], 4),
                 "speedup_over_peft": round(b / a, 3), "times_the_limit": round(a / median["limit"], 3),
                 "saved_bytes_ratio": round(kept[f"lorakit {name}"] / kept[f"peft {name}"], 3),
             }  # fmt: skip

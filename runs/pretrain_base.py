@@ -303,7 +303,8 @@ tags: [lorakit, llama, python]
 # lorakit's bundled base
 
 A Llama-architecture causal language model of {sum(p.numel() for p in model.parameters()):,} parameters (embeddings tied),
-pre-trained on Python sources by `runs/pretrain_base.sh`, so that lorakit's quickstart, tests and benchmarks measure on a model that has learned something.
+pre-trained on Python sources by `runs/pretrain_base.sh`, so that lorakit's quickstart, tests
+and benchmarks measure on a model that has learned something.
 It is a measuring instrument and a demo, not an assistant.
 
 - Architecture: {args.layers} layers, hidden {args.hidden}, {args.heads} heads, intermediate {args.intermediate},

@@ -1,6 +1,7 @@
 """House rules that a reader could break unseen: which room imports which, what is public, and no heavy import at the top."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ DEFERRED = {("core.attach", "adapters.io")}
 CLOSED = {"adapters": {"core.attach", "core.unfreeze", "core.context", "core.params", "core.events"}}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Dotted name below lorakit -> syntax tree."""
     found = {}

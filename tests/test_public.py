@@ -1,11 +1,37 @@
 """The public surface: what `import lorakit` offers is exactly this, so that a name comes or goes on purpose."""
 
+import os
 import subprocess
 import sys
 
 import lorakit
 
-PUBLIC = ["Adapted", "Adapter", "AdapterMismatch", "BadParameter", "CheckpointError", "DataError", "Delta", "Factors", "Incompatible", "LorakitError", "Method", "MissingExtra", "NoSuchMethod", "NoSuchSite", "NotExportable", "NotMergeable", "Site", "attach", "describe", "get_method", "list_methods", "load", "method", "select"]
+PUBLIC = [
+    "Adapted",
+    "Adapter",
+    "AdapterMismatch",
+    "BadParameter",
+    "CheckpointError",
+    "DataError",
+    "Delta",
+    "Factors",
+    "Incompatible",
+    "LorakitError",
+    "Method",
+    "MissingExtra",
+    "NoSuchMethod",
+    "NoSuchSite",
+    "NotExportable",
+    "NotMergeable",
+    "Site",
+    "attach",
+    "describe",
+    "get_method",
+    "list_methods",
+    "load",
+    "method",
+    "select",
+]
 
 
 def test_public_names_are_frozen() -> None:
@@ -21,6 +47,6 @@ def test_importing_lorakit_needs_no_extra() -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={**__import__("os").environ, "PYTHONPATH": ":".join(sys.path)},
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
     )
     assert found.stdout.strip() == "[]"

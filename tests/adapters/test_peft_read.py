@@ -170,6 +170,17 @@ def test_the_first_matching_pattern_of_the_file_counts(tmp_path):
     torch.testing.assert_close(logits(lorakit.load(model, tmp_path).model), reference, atol=1e-5, rtol=1e-5)
 
 
+def test_patterns_that_match_nothing_stay_in_the_file_and_out_of_the_recipe(tmp_path):
+    """lorakit refuses to train with them; PEFT, whose file says them, finds them in it again."""
+    model = tiny_model("llama")
+    made_by_peft(model, LoRA(r=4, target_modules=["q_proj"], rank_pattern=RANKS), tmp_path / "a")
+    adapter = from_peft(tmp_path / "a", model=model)
+    assert adapter.recipe.kwargs["rank_pattern"] == {"q_proj": 2}
+    to_peft(adapter, tmp_path / "b", model=model)
+    assert config_of(tmp_path / "b") == config_of(tmp_path / "a")
+    lorakit.attach(model, adapter.method())  # the recipe trains afresh
+
+
 def test_a_rank_beyond_the_matrix_is_read_as_the_same_function(tmp_path):
     model = tiny_model("llama", task="sequence-classification")  # its head has 3 rows
     made = made_by_peft(model, LoRA(r=8, target_modules=["q_proj", "score"]), tmp_path)

@@ -158,6 +158,17 @@ def test_the_files_are_as_peft_writes_them(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
 
 
+def test_the_plain_form_of_pissa_doubles_ranks_and_alphas(tmp_path):
+    """In the words of the recipe, not module by module."""
+    patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.*": 5.0, "v_proj": 9.0}}
+    _, adapted = made("pissa", "llama", {}, {"r": 4, "alpha": 6.0, "sites": ["q_proj", "v_proj"], **patterns})
+    to_peft(adapted.state(), tmp_path, native=False, model=adapted.model)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 12, True)
+    assert config["rank_pattern"] == {"q_proj": 6}
+    assert config["alpha_pattern"] == {"layers.1.*": 10, "v_proj": 18}
+
+
 def test_an_fp64_adapter_is_written_in_fp32(tmp_path):
     model = tiny_model("llama").double()
     adapted = shaken(model, "pissa")

@@ -34,9 +34,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> Path:
     with _reported(folder, files), _unmade(folder):
         folder.mkdir(parents=True, exist_ok=True)
         finish(folder)
-        (folder / SAVED).mkdir(exist_ok=True)
-        for name, data in files.items():
-            _write(folder / SAVED / name, data)
+        os.rename(_staged(folder, files), folder / SAVED)
         try:
             _sync(folder)
             finish(folder)

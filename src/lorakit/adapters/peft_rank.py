@@ -42,10 +42,11 @@ def _same(one: tuple[int, float], other: tuple[int, float]) -> bool:
 
 
 def trimmed(rank: Rank, names: Iterable[str]) -> Rank:
-    """Without the patterns that match none of these modules: PEFT warns of them."""
+    """Without the patterns that match none of these modules: PEFT warns of them, and lorakit refuses to train with them."""
+    names = list(names)
 
     def busy(pattern: tuple[tuple[str, T], ...]) -> tuple[tuple[str, T], ...]:
-        return tuple((key, value) for key, value in pattern if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+        return tuple((key, value) for key, value in pattern if any(Rank(1, 1.0, rank_pattern=((key, 2),)).named(n)[0] == 2 for n in names))
 
     return replace(rank, rank_pattern=busy(rank.rank_pattern), alpha_pattern=busy(rank.alpha_pattern))
 

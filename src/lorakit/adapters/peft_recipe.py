@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.adapters.pair import Pair
 from lorakit.adapters.peft_files import Found
 from lorakit.adapters.peft_names import matches, saved_module, targets
-from lorakit.adapters.peft_rank import expressed, rank_in
+from lorakit.adapters.peft_rank import expressed, rank_in, trimmed
 from lorakit.core.errors import AdapterMismatch, did_you_mean
 from lorakit.core.method import Recipe, get_method
 from lorakit.core.site import Site, Where, select, sites_of
@@ -45,7 +45,7 @@ def _lora(config: dict[str, Any], sites: tuple[Site, ...], pairs: dict[str, Pair
     """LoRA, rsLoRA, DoRA or PiSSA."""
     pairs = {site.name: _fitted(pairs[site.name], site) for site in sites}
     special = (config["use_dora"], config["init_lora_weights"] == "pissa")
-    said = rank_in(config)
+    said = trimmed(rank_in(config), pairs)
     preferred = [] if any(special) and said.rule != "linear" else [said]  # those recipes know that rule only; it can say any scale
     rank = expressed({name: (pair.r, pair.s) for name, pair in pairs.items()}, *preferred)
     patterns = {"rank_pattern": dict(rank.rank_pattern), "alpha_pattern": dict(rank.alpha_pattern)}
