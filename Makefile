@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_WAIT_POLICY = PASSIVE# threads that wait do not spin: on a busy machine spinning costs a factor of ten
 PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 THREADS ?= 1# tiny tensors: more threads only wait for each other
 NEEDS = pyproject.toml constraints.txt

@@ -109,6 +109,19 @@ def test_a_finished_adapter_is_added_under_another_name() -> None:
     assert adapted.state("b").tensors.keys() == state.tensors.keys()
 
 
+def test_what_is_known_about_one_adapter_is_not_said_of_another() -> None:
+    adapted = two()
+    adapted.switch("a").meta = {"task": "one"}
+    adapted.meta |= {"steps": 3}
+    state = adapted.state("a")
+    assert adapted.state("b").meta.keys() == {"base"}
+    other = attach(base(), get_method("lora"), name="x").add("y", state)
+    assert other.meta == {"task": "one", "steps": 3}
+    assert other.state("x").meta.keys() == {"base"}
+    with pytest.raises(BadParameter, match="name the adapter"):
+        adapted.switch("a", "b").meta  # noqa: B018
+
+
 def test_state_is_a_copy() -> None:
     adapted = two()
     state = adapted.state()
@@ -135,6 +148,7 @@ REFUSED: dict[str, tuple[type[LorakitError], str, Callable[[Adapted], object]]] 
     "an unknown adapter": (BadParameter, "Did you mean", lambda a: a.switch("aa")),
     "scaling an unknown adapter": (BadParameter, "no adapter is called 'c'", lambda a: a.scale("c", 2.0)),
     "a name taken": (BadParameter, "already attached", lambda a: a.add("a", get_method("lora"))),
+    "a name that torch has taken": (BadParameter, "choose another", lambda a: a.add("eval", get_method("lora"))),
     "a name with a dot": (BadParameter, "letters", lambda a: a.add("a.b", get_method("lora"))),
     "a second attach": (Incompatible, "already adapted", lambda a: attach(a.model, get_method("lora"))),
     "resizing": (Incompatible, "detach", lambda a: a.add("e", get_method("lora", sites="embedding")).model.resize_token_embeddings(140)),

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, CodeGenConfig, CodeGenForCausalLM
 from lorakit import NoSuchSite, Site, attach, get_method, select
 from lorakit.core.site import sites_of, weight_shape
 from lorakit.data.tiny import tiny_model
+from tests.laws.subject import batch, logits
 
 
 def names(model: nn.Module, where: Any) -> list[str]:
@@ -74,6 +75,29 @@ def test_all_linear_leaves_every_head_alone(arch: str, task: Any) -> None:
     chosen = names(tiny_model(arch, task=task), "all-linear")
     assert chosen
     assert not [n for n in chosen if n.split(".")[0] in ("lm_head", "embed_out", "score", "classifier", "classification_head", "cls")]
+
+
+def runs(model: nn.Module, name: str) -> bool:
+    """Whether a forward calls the module."""
+    calls: list[int] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    logits(model, batch())
+    handle.remove()
+    return bool(calls)
+
+
+def test_the_embedding_preset_is_of_tokens() -> None:
+    for arch, want in (
+        ("gpt2", ["transformer.wte"]),
+        ("bert", ["bert.embeddings.word_embeddings"]),
+        ("gpt_neox", ["gpt_neox.embed_in"]),
+        ("t5", ["encoder.embed_tokens", "decoder.embed_tokens"]),  # `shared` is tied to both and is never called
+    ):
+        model = tiny_model(arch)
+        assert names(model, "embedding") == want
+        assert all(runs(model, name) for name in want)
+    assert not runs(tiny_model("t5"), "shared")
+    assert names(tiny_model("bert"), "position_embeddings")
 
 
 def test_names_suffixes_globs_regexes_lists_and_predicates() -> None:
@@ -192,8 +216,8 @@ def test_parts_are_the_models_own_gate_and_up() -> None:
     x = torch.randn(3, 32)
     y = mlp.gate_up_proj(x)
     model = nn.ModuleDict({"mlp": mlp})
-    gate, up = (y[:, list(s.rows[0])] for s in sites_of(model) if s.rows)
-    torch.testing.assert_close(mlp(x), mlp.down_proj(up * mlp.activation_fn(gate)))
+    part = {s.role: y[:, list(s.rows[0])] for s in sites_of(model) if s.rows}
+    torch.testing.assert_close(mlp(x), mlp.down_proj(part["up"] * mlp.activation_fn(part["gate"])))
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import Incompatible, NoSuchSite, attach, get_method
-from lorakit.data.tiny import tiny_model
+from lorakit import Incompatible, Method, NoSuchSite, attach, get_method
+from lorakit.data.tiny import ARCHITECTURES, tiny_model
 from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, everything, logits, loss_of, same_bits
+from tests.laws.subject import awaken, base, batch, everything, far, logits, loss_of, same_bits
 
 PATTERNS = {
     "classifier": {"classifier.weight", "classifier.bias"},
@@ -23,7 +23,7 @@ PATTERNS = {
 def test_patterns(pattern: str) -> None:
     model = tiny_model("bert", task="sequence-classification")
     every = {n for n, _ in model.named_parameters()}
-    adapted = attach(model, get_method("lora", unfreeze=(pattern,)))
+    adapted = attach(model, get_method("lora", sites="attention", unfreeze=(pattern,)))
     found = {p.name.removeprefix("unfrozen.") for p in adapted.params() if p.role == "full"}
     assert found == (PATTERNS[pattern] or {n for n in every if n.endswith("LayerNorm.bias")})
     assert found
@@ -63,6 +63,33 @@ def test_on_a_bf16_base_they_train_in_fp32_and_the_start_is_the_bases(arch: str,
     adapted.detach()
     assert {type(m).__name__ for m in model.modules()} == {type(m).__name__ for m in base(arch, task=task).modules()}
     assert all(same_bits(v, before[k]) for k, v in everything(model).items())
+
+
+@pytest.mark.parametrize("unfreeze", [("*",), ("q_proj",), ("layers.0.self_attn",)])
+def test_a_weight_is_rescaled_or_trained_whole_not_both(unfreeze: tuple[str, ...]) -> None:
+    model = base()
+    with pytest.raises(Incompatible, match="q_proj.weight is rescaled"):
+        attach(model, get_method("dora", sites="q_proj", unfreeze=unfreeze))
+    assert not model._forward_pre_hooks
+    assert attach(base("bert"), get_method("dora", sites="query", unfreeze=("query.bias",))).params()
+    both = awaken(attach(base(), get_method("lora", sites="q_proj", unfreeze=unfreeze)))
+    live = logits(both.model, batch())
+    assert far(logits(both.merge(), batch()), live) < 1e-5, "what only adds may be"
+
+
+@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "t5"])  # T5 reads `wo.weight.dtype` and casts its input by it
+def test_everything_of_a_bf16_model(arch: str) -> None:
+    """Full fine-tuning: fp32 parameters in a model that computes in bf16."""
+    model = base(arch, torch.bfloat16, tied=True)
+    want, ids = logits(model, batch()), batch()
+    adapted = attach(model, Method(None, unfreeze=("*",)))
+    assert len(adapted.params()) == len(list(model.parameters()))
+    assert same_bits(logits(model, ids), want)
+    loss_of(model.train(), ids).backward()
+    assert {p.tensor.dtype for p in adapted.params()} == {torch.float32}
+    assert sum(p.tensor.grad is not None for p in adapted.params()) > 0.8 * len(adapted.params())
+    adapted.detach()
+    assert same_bits(logits(model.eval(), ids), want)
 
 
 def test_switching_and_disabling_exchange_the_parameters() -> None:

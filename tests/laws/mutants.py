@@ -12,6 +12,21 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.adapters import peft_form
+from lorakit.core import adapter as adapter_module
+from lorakit.core import attach as attach_module
+from lorakit.core import base as base_module
+from lorakit.core import context, layer, random
+from lorakit.core import method as method_module
+from lorakit.core.attach import Adapted
+from lorakit.core.delta import Factors
+from lorakit.core.lowrank import LowRank, LowRankSpec
+from lorakit.methods.learning import dora, pissa
+from lorakit.methods.rank_allocation import adalora
+from lorakit.ops import reference
+from lorakit.parts.inits.random import Kaiming
 from tests.laws import (
     test_l0_detach,
     test_l1_start,
@@ -29,20 +44,6 @@ from tests.laws import (
     test_l17_parameters,
     test_l18_l19_l20_isolation,
 )
-from torch import Tensor, nn
-
-from lorakit.core import adapter as adapter_module
-from lorakit.core import attach as attach_module
-from lorakit.core import base as base_module
-from lorakit.core import context, layer, random
-from lorakit.core import method as method_module
-from lorakit.core.attach import Adapted
-from lorakit.core.delta import Factors
-from lorakit.core.lowrank import LowRank, LowRankSpec
-from lorakit.methods.learning import dora, pissa
-from lorakit.methods.rank_allocation import adalora
-from lorakit.ops import reference
-from lorakit.parts.inits.random import Kaiming
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,11 @@ def _(m: pytest.MonkeyPatch) -> None:
         "load_tensors",
         lambda self, name, values: original(self, name, {k: self.tensors(name)[k] if k.endswith(".A") else v for k, v in values.items()}),
     )
+
+
+@mutant("L5", "the export confuses the triplets' gates", "adalora", test_l5_files.check_L5_peft)
+def _(m: pytest.MonkeyPatch) -> None:
+    after(m, peft_form, "_triplets", lambda pair, *_: dataclasses.replace(pair, E=pair.E.flip(0)))
 
 
 # --- L6, L7, L8 -------------------------------------------------------------------------------------------------------------

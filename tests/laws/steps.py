@@ -4,12 +4,12 @@ import io
 from collections.abc import Callable
 
 import torch
-from tests.laws.subject import batch, loss_of
 from torch import Tensor, nn
 
 from lorakit import Adapted
 from lorakit.core.events import Controller, Step
 from lorakit.parts.optimizers.adamw import AdamW
+from tests.laws.subject import batch, loss_of
 
 
 class Run:

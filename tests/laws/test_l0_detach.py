@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from tests.laws.subject import awaken, base, batch, everything, logits, loss_of, same_bits, small
 from torch import nn
 
 from lorakit import attach, list_methods
+from tests.laws.subject import awaken, base, batch, everything, logits, loss_of, same_bits, small
 
 
 def check_L0(name: str) -> None:

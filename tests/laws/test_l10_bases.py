@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, far, logits, same_bits, small
-from tests.laws.test_l2_l3_weight import inputs, part_of_output
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import attach, list_methods
+from tests.laws.steps import Run
+from tests.laws.subject import awaken, base, batch, far, logits, same_bits, small
+from tests.laws.test_l2_l3_weight import inputs, part_of_output
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """L11: a compiled adapted layer equals eager: one graph, no recompile across steps, whose masks differ. aot_eager; inductor is slow."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from tests.laws.subject import far, has_dropout, subject
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lorakit import Adapted, list_methods
+from tests.laws.subject import batch, far, has_dropout, subject
 
 
 def layers(adapted: Adapted) -> list[nn.Module]:
@@ -57,3 +59,23 @@ def test_L11(name: str) -> None:
 @pytest.mark.parametrize("name", list_methods())
 def test_L11_inductor(name: str) -> None:
     check_L11(name, backend="inductor", tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_whole_model_compiles_and_trains_as_eager(name: str) -> None:
+    """With a key given and without one."""
+    for given in (True, False):
+        torch._dynamo.reset()
+        adapted = subject(name, dropout=0.25)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(adapted.model.train(), backend=counter, fullgraph=True)
+        for i in range(3):
+            found = []
+            for model in (compiled, adapted.model):
+                torch.manual_seed(i)
+                with adapted.given(step=i) if given else nullcontext():
+                    loss = model(input_ids=batch(i), labels=batch(i)).loss
+                found.append([loss.detach(), *torch.autograd.grad(loss, [p.tensor for p in adapted.params()])])
+            assert all(far(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+        assert counter.frame_count <= (1 if given else 2)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.laws.steps import Run
-from tests.laws.subject import base, batch, has_dropout, logits, same_bits, small
 
 from lorakit import Adapted, attach, list_methods
+from tests.laws.steps import Run
+from tests.laws.subject import base, batch, has_dropout, logits, same_bits, small
 
 
 def starts(name: str, *, seed: int = 0, sites: object = "all-linear") -> Adapted:

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from tests.laws.subject import awaken, batch, loss_of, refusal, same_bits, small, subject
 from torch import Tensor
 
 from lorakit import Incompatible, attach, list_methods
+from tests.laws.subject import awaken, batch, loss_of, refusal, same_bits, small, subject
 
 
 def gradients(name: str, *, checkpointing: bool, given: bool, backwards: int = 1) -> list[Tensor]:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.laws.subject import awaken, base, has_dropout, small
 from torch import Tensor, nn
 
 from lorakit import attach, list_methods
 from lorakit.core.layer import Branch
+from tests.laws.subject import awaken, base, has_dropout, small
 
 TOKENS = 1009  # prime, so that what is saved a token is told from what is not by its size
 DECLARED: dict[str, Callable[[Branch, bool], int]] = {}

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from tests.laws.steps import Run
-from tests.laws.subject import batch, far, logits, same_bits, subject
 from torch import Tensor
 
 from lorakit import list_methods
 from lorakit.train.distributed import shard
+from tests.laws.steps import Run
+from tests.laws.subject import batch, far, logits, same_bits, subject
 
 RANKS, STEPS = 2, 3
 

@@ -5,12 +5,12 @@ import tempfile
 
 import pytest
 import torch
-from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, everything, logits, refusal, same_bits, small, subject
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lorakit import AdapterMismatch, attach, list_methods
+from tests.laws.steps import Run
+from tests.laws.subject import awaken, base, batch, everything, logits, refusal, same_bits, small, subject
 
 
 def storages(model: nn.Module) -> set[int]:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.laws.subject import base, batch, far, logits, same_bits, small
 
 from lorakit import attach, list_methods
+from tests.laws.subject import base, batch, far, logits, same_bits, small
 
 
 def check_L1(name: str) -> None:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.laws.subject import far, subject
 from torch import Tensor
 
 from lorakit import Adapted, list_methods
 from lorakit.core.layer import Branch
+from tests.laws.subject import far, subject
 
 PLACES = (("llama", "all-linear"), ("bert", "attention"), ("gpt2", ["c_attn[q]", "c_attn[v]", "c_fc"]), ("llama", "embedding"))
 

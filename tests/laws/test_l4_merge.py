@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.laws.subject import awaken, base, batch, far, logits, same_bits, small, subject
 
 from lorakit import list_methods
+from tests.laws.subject import awaken, base, batch, far, logits, same_bits, small, subject
 
 PLACES = (("llama", ["all-linear", "embedding"]), ("gpt2", "all-linear"), ("gpt_neox", ["query_key_value[q]", "query_key_value[v]", "mlp"]))
 

@@ -1,14 +1,16 @@
 """L5: save and load give the same tensors and logits; what exports to PEFT loads in the real PEFT with equal logits."""
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from tests.laws.subject import base, batch, logits, same_bits, subject
 
 import lorakit
-from lorakit import list_methods
+from lorakit import NotExportable, list_methods
+from lorakit.adapters.peft import to_peft
+from tests.laws.subject import base, batch, far, logits, same_bits, subject
 
 PLACES = (("llama", ["all-linear", "embedding"], ()), ("gpt2", ["c_attn[q]", "c_attn[v]", "mlp"], ()), ("bert", "attention", ("cls",)))
 
@@ -31,6 +33,30 @@ def check_L5(name: str) -> None:
         assert [p.name for p in again.params()] == [p.name for p in adapted.params()]
         assert all(p.tensor.requires_grad for p in again.params()), "a loaded adapter can be trained on"
         assert not again.model.training
+
+
+def check_L5_peft(name: str) -> None:
+    """What has an exact form in PEFT gives the same logits in PEFT itself; what has none says so."""
+    peft = pytest.importorskip("peft")
+    for arch, sites in (("llama", "all-linear"), ("llama", ["q_proj", "embedding"]), ("gpt2", ["c_attn[q]", "mlp"])):
+        adapted = subject(name, arch, sites=sites)
+        want = logits(adapted.model, batch())
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                exported = to_peft(adapted.state(), folder, model=base(arch))
+            except NotExportable:
+                if all((f := b.factors()) is not None and f.gain is None for b in adapted.branches()):
+                    raise AssertionError(f"{name} is s·B·A at every site and cannot be exported") from None
+                continue
+            assert exported.total == 0
+            with warnings.catch_warnings(action="ignore"):  # of adapted embeddings and Conv1D
+                theirs = peft.PeftModel.from_pretrained(base(arch), folder).eval()
+        assert far(logits(theirs, batch()), want) < 1e-5, arch
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_L5_in_peft(name: str) -> None:
+    check_L5_peft(name)
 
 
 @pytest.mark.parametrize("name", list_methods())

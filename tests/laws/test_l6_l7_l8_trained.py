@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.laws.steps import Run
-from tests.laws.subject import everything, same_bits, small, subject
 
 from lorakit import list_methods
+from tests.laws.steps import Run
+from tests.laws.subject import everything, same_bits, small, subject
 
 PLACES = (("llama", "all-linear"), ("llama", "embedding"), ("gpt2", ["c_attn[q]", "c_attn[v]", "mlp"]))
 

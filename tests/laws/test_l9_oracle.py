@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.laws.subject import base, batch, far, subject
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import Adapted, list_methods
+from tests.laws.subject import base, batch, far, subject
 
 PLACES = (
     ("llama", ["all-linear", "embedding"]),

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tests.laws.matrix import LAWS, product
 
 from lorakit import list_methods
+from tests.laws.matrix import LAWS, product
 
 
 def test_methods_times_laws_were_collected(collected: set[tuple[str, str]], files: set[str], capsys: pytest.CaptureFixture[str]) -> None:

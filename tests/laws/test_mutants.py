@@ -1,6 +1,7 @@
 """Every law catches its mutants."""
 
 import pytest
+
 from tests.laws.matrix import LAWS
 from tests.laws.mutants import MUTANTS, Mutant, forgetful_processes
 

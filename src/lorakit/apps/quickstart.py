@@ -6,6 +6,7 @@ that what the head alone or the norms alone can do is a fair control.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from rich.table import Table
 from lorakit.core.adapter import Adapter
 from lorakit.core.attach import attach
 from lorakit.core.method import Method, get_method
-from lorakit.serve.generate import complete
+from lorakit.data.row import Row, shape_of
+from lorakit.serve.generate import complete, stream_chat
 from lorakit.serve.merge import Verdict, merge
 from lorakit.serve.open import Opened, open_adapter
 from lorakit.train.config import BUNDLED, TrainConfig, make_config
@@ -31,8 +33,7 @@ from lorakit.train.run import Run
 from lorakit.train.source_model import load_model, load_tokenizer
 from lorakit.train.train import describe_run, seed_everything
 
-TASK = "builtin:tkinter/code"
-PROMPTS = ("class Dialog(", "    def config", "def _test():\n")
+TASK = "builtin:tkinter/chat"
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,35 @@ class Outcome:
 def arms(rank: int) -> list[Arm]:
     """LoRA, full fine-tuning, head only, norms only."""
     return [
-        Arm(f"LoRA r={rank}", lambda: get_method("lora", r=rank, alpha=2.0 * rank), (3e-3, 6e-3, 1.2e-2)),
-        Arm("full fine-tuning", lambda: Method(None, unfreeze=("*",)), (5e-4, 1e-3, 2e-3)),
-        Arm("head only", lambda: Method(None, unfreeze=("lm_head",)), (3e-4, 1e-3, 3e-3)),
-        Arm("norms only", lambda: Method(None, unfreeze=("*norm*",)), (3e-3, 1e-2, 3e-2)),
+        Arm(f"LoRA r={rank}", lambda: get_method("lora", r=rank, alpha=4.0 * rank), (5e-3, 1e-2, 2e-2)),
+        Arm("full fine-tuning", lambda: Method(None, unfreeze=("*",)), (7e-4, 1.5e-3, 3e-3)),
+        Arm("head only", lambda: Method(None, unfreeze=("lm_head",)), (1e-3, 2e-3, 4e-3)),
+        Arm("norms only", lambda: Method(None, unfreeze=("*norm*",)), (1e-2, 3e-2, 6e-2)),
     ]
 
 
 def quickstart(
-    out: str | Path, *, task: str = TASK, steps: int = 60, rank: int = 4, eval_windows: int = 48, console: Console | None = None
+    out: str | Path, *, task: str = TASK, steps: int = 50, rank: int = 4, eval_windows: int = 48, console: Console | None = None
 ) -> dict[str, Any]:
     """Run all arms, print the table, save the best LoRA adapter, merge it with verification, and write report.json and curve.png to
     `out`."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
     began = time.perf_counter()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config = make_config({
-        "train_data": task, "max_length": 256, "per_device_train_batch_size": 8, "max_steps": steps,
-        "save_steps": 0, "lr_scheduler_type": "cosine",
+        "train_data": task, "max_length": 256, "per_device_train_batch_size": 4, "max_steps": steps,
+        "save_steps": 0, "lr_scheduler_type": "linear",
         "warmup_steps": min(5, steps), "weight_decay": 0.0,
     })  # fmt: skip
     seed_everything(config.seed)
     tokenizer, model, here = load_tokenizer(BUNDLED), load_model(BUNDLED), world()
-    data = prepare(read_rows(config), config, tokenizer, packing=True)
+    rows = read_rows(config)
+    data = prepare(rows, config, tokenizer, packing=True)
     data.valid.items[:] = data.valid.items[:eval_windows]
     console.print(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters; task {task}: {data.train.account}; "
-        f"{steps} steps of 8 windows an arm"
+        f"{steps} steps of 4 windows a trial"
     )
     base = evaluate(model, bytes_of(data, tokenizer).valid, batch_size=16)
     data = bytes_of(data, tokenizer)
@@ -110,7 +112,7 @@ def quickstart(
     folder = save_adapter(lora.adapter, out / "adapter")
     draw_curve(lora.history, out / "curve.png")
     opened = open_adapter(folder)
-    completions = [{"prompt": p, "before": _before(opened, p), "after": complete(opened, p, max_new_tokens=32)} for p in PROMPTS]
+    completions = [compare(opened, row) for row in rows.valid[:: max(1, len(rows.valid) // 3)][:3]]
     verdict = merge(folder, _fresh(out / "merged"))
     assert verdict is not None
     report = summary(base, outcomes, verdict, folder, completions, time.perf_counter() - began)
@@ -201,10 +203,19 @@ def show(console: Console, base: dict[str, float], outcomes: list[Outcome], repo
     console.print(f"{report['seconds']:.0f} seconds")
 
 
-def _before(opened: Opened, prompt: str) -> str:
+def compare(opened: Opened, row: Row) -> dict[str, str]:
+    """A held-out prompt and what base and adapter make of it."""
+    chat = shape_of(row) == "chat"
+    prompt = row["messages"][0]["content"] if chat else "\n".join(row["text"].splitlines()[:4])
+
+    def answer() -> str:
+        pieces = stream_chat(opened, row["messages"][:1], max_new_tokens=32) if chat else [complete(opened, prompt, max_new_tokens=32)]
+        return "".join(pieces)
+
     assert opened.adapted is not None
     with opened.adapted.disabled():
-        return complete(opened, prompt, max_new_tokens=32)
+        before = answer()
+    return {"prompt": prompt, "before": before, "after": answer()}
 
 
 def _fresh(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import typer
 
 def quickstart(
     out: Annotated[str, typer.Option("--out", help="folder for adapter, curve and report")] = "out/quickstart",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="training steps of each trial")] = 60,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="training steps of each trial")] = 50,
     rank: Annotated[int, typer.Option("--r", min=1)] = 4,
     task: Annotated[str | None, typer.Option("--task", help="a built-in task, e.g. builtin:email/code")] = None,
 ) -> None:

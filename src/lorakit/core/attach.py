@@ -47,7 +47,7 @@ class Adapted:
         self.fingerprint: Fingerprint = fingerprint(model)
         self.methods: dict[str, Method] = {}
         self.unfrozen: dict[str, list[Unfrozen]] = {}
-        self.meta: dict[str, Any] = {}
+        self._meta: dict[str, dict[str, Any]] = {}
         self.active: tuple[str, ...] = ()
         self.notes: list[str] = []
         self._merged = False
@@ -65,6 +65,8 @@ class Adapted:
         """Add a fresh method or a finished adapter under a name, and make it the active one."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise BadParameter(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+        if name in dir(nn.ModuleDict):
+            raise BadParameter(f"adapter name {name!r} is an attribute of torch's modules; choose another")
         if name in self.methods:
             raise BadParameter(f"an adapter called {name!r} is already attached; switch({name!r}) or choose another name")
         self._not_while_merged("add an adapter")
@@ -74,6 +76,8 @@ class Adapted:
         try:
             self.methods[name], self.unfrozen[name] = method, []
             self.unfrozen[name] = self._unfreeze(method)
+            if method.combine.full_rank():
+                _not_both(sites, self.unfrozen[name])
             slots = self._slots(sites)
             for site in sites:
                 slot = slots[site.module]
@@ -215,13 +219,22 @@ class Adapted:
 
     # --- saving -----------------------------------------------------------------------------------------------------------
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the active adapter's file will say about it (chat template, data hash, metrics): JSON values only."""
+        return self._meta.setdefault(self._only_active(), {})
+
+    @meta.setter
+    def meta(self, values: dict[str, Any]) -> None:
+        self._meta[self._only_active()] = values
+
     def state(self, name: str | None = None) -> Adapter:
         """The adapter at rest: CPU copies of its tensors."""
         name = name or self._only_active()
         method = self.methods[name]
         if method.recipe is None:
             raise NotExportable("this method was changed with .but() and has no recipe; register a function for it (lorakit new-method)")
-        meta = {"base": self.fingerprint.as_dict(), **self.meta}
+        meta = {"base": self.fingerprint.as_dict(), **self._meta.get(name, {})}
         copies = {k: v.to("cpu", copy=True).contiguous() for k, v in self.tensors(name).items()}
         return Adapter(method.recipe, tuple(b.site for b in self.branches(name)), copies, meta)
 
@@ -257,7 +270,7 @@ class Adapted:
         """Copy a finished adapter's tensors in, after checking every one of them."""
         adapter.check({k: v.shape for k, v in self.tensors(name).items()}, f"method {adapter.recipe.name!r} on this model")
         self.load_tensors(name, adapter.tensors)
-        self.meta = {k: v for k, v in adapter.meta.items() if k != "base"}
+        self._meta[name] = {k: v for k, v in adapter.meta.items() if k != "base"}
 
     def _forget(self, *names: str) -> None:
         self.active = tuple(n for n in self.active if n not in names)
@@ -275,6 +288,7 @@ class Adapted:
                 stop_casting(entry.module)
         for name in names:
             self.methods.pop(name, None)
+            self._meta.pop(name, None)
 
     def _apply(self) -> None:
         self.model.requires_grad_(False)
@@ -373,6 +387,14 @@ def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Sit
                 f"{found.d_out} × {found.d_in} here"
             )
     return list(what.sites)
+
+
+def _not_both(sites: list[Site], unfrozen: list[Unfrozen]) -> None:
+    """A combine that rescales W may remember it, and W must stay."""
+    weights = {f"{site.module}.weight" for site in sites}
+    both = [entry.name for entry in unfrozen if entry.name in weights]
+    if both:
+        raise Incompatible(f"{both[0]} is rescaled (sites) and trained whole (unfreeze); leave it out of one of the two")
 
 
 def _branch(site: Site, host: Base, method: Method, seed: int, what: Method | Adapter) -> Branch:

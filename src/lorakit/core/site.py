@@ -33,13 +33,14 @@ ROLES = {
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("gate", "up", "down", "gate_up")
+TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "shared")
 OTHER_ORDER = ("codegen", "gpt_bigcode")  # model types whose fused rows are in an order of their own: adapted whole only
 PRESETS: dict[str, Callable[["Site"], bool]] = {
     "all-linear": lambda s: s.kind == "linear" and s.rows is None and s.role != "head",
     "attention": lambda s: s.kind == "linear" and s.rows is None and s.role in ATTENTION,
     "mlp": lambda s: s.kind == "linear" and s.rows is None and s.role in MLP,
     "qv": lambda s: s.kind == "linear" and s.role in ("q", "v"),
-    "embedding": lambda s: s.kind == "embedding",
+    "embedding": lambda s: s.role == "embed",
 }
 
 
@@ -92,7 +93,7 @@ def sites_of(model: nn.Module) -> list[Site]:
         if kind is None or ".lora." in f".{name}.":
             continue
         d_out, d_in = weight_shape(module)
-        site = Site(name, kind, d_in, d_out, _layer(name), "embed" if kind == "embedding" else _role(name))
+        site = Site(name, kind, d_in, d_out, _layer(name), _embedding_role(name) if kind == "embedding" else _role(name))
         found += [site, *_parts(model, site)]
     return found
 
@@ -160,6 +161,10 @@ def _role(name: str) -> str:
     if last == "dense":  # BERT: attention.output.dense, intermediate.dense, output.dense; GPT-NeoX: attention.dense
         return "o" if "attention" in parts else "up" if "intermediate" in parts else "down" if "output" in parts else "other"
     return ROLE_OF.get(last, "other")
+
+
+def _embedding_role(name: str) -> str:  # of tokens; not of positions, segments or relative distances
+    return "embed" if name.rsplit(".", 1)[-1] in TOKENS else "other"
 
 
 def _parts(model: nn.Module, site: Site) -> list[Site]:

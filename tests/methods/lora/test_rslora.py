@@ -25,7 +25,7 @@ def rms(t: Tensor) -> float:
 def sizes(name: str) -> tuple[list[float], list[float], list[float]]:
     """By rank: ΔW x with B of unit entries; ∂L/∂x through it; ΔW x after one SGD step on that x. Means over inputs."""
     drawn, backward, stepped = [], [], []
-    xs, gs = normal(32, WIDTH, dtype=torch.float32), normal(32, WIDTH, seed=1, dtype=torch.float32)
+    xs, gs = normal(128, WIDTH, dtype=torch.float32), normal(128, WIDTH, seed=1, dtype=torch.float32)
     for r in RANKS:
         (branch,) = at(name, r).branches()
         delta, found = branch.delta, []

@@ -76,6 +76,12 @@ def test_a_pruned_triplet_grows_again_between_maskings_and_not_in_the_last_phase
     assert all(same_bits(v, copies[k]) for k, v in run.adapted.tensors("default").items()), "what was trained is what is saved"
 
 
+def test_a_run_that_ends_early_ends_at_the_target_too() -> None:
+    run = run_of()
+    run.steps(T // 2).finish()
+    assert sum(alive(run.adapted)) == 2 * len(run.adapted.branches())
+
+
 def test_the_scale_never_changes() -> None:
     run = run_of()
     run.steps(T).finish()

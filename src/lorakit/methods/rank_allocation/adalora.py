@@ -72,7 +72,7 @@ class BudgetSpec:
     def build(self, adapted: Adapted, total: int) -> "Budget":
         if self.tinit + self.tfinal >= total:
             raise BadParameter(f"tinit={self.tinit} + tfinal={self.tfinal} leave no step of this run's {total} for allocating the budget")
-        return Budget(self, [b.delta for b in adapted.branches() if isinstance(b.delta, LowRank)], total)
+        return Budget(self, [b.delta for b in adapted.branches() if isinstance(b.delta, LowRank) and b.delta.g is not None], total)
 
     def at(self, t: int, total: int, n: int) -> int:
         """b(t) for n sites."""
@@ -110,7 +110,9 @@ class Budget(Controller):
 
     @torch.no_grad()
     def finish(self) -> None:
-        self.kept = self._best(len(self.deltas) * self.spec.target_r) if self.spec.tfinal == 0 or not self.kept else self.kept
+        target = len(self.deltas) * self.spec.target_r
+        if self.spec.tfinal == 0 or sum(int(k.sum()) for k in self.kept) != target:  # no last phase, or the run ended before it
+            self.kept = self._best(target)
         self._mask()
 
     def scores(self) -> list[Tensor]:
