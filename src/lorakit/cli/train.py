@@ -39,10 +39,8 @@ def train(
     from lorakit.train.train import train as run
 
     result = run(settings, quiet=quiet)
-    report = Table(
-        title=f"{settings.method} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s",
-        box=None,
-    )
+    print(f"{settings.method} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s")
+    report = Table(box=None)
     for name in result.final:
         report.add_column(f"eval {name}")
     report.add_row(*(f"{v:.4f}" for v in result.final.values()))

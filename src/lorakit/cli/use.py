@@ -23,7 +23,7 @@ def eval_(
     model: Model = None,
     whole: Annotated[bool, typer.Option("--whole", help="evaluate on all rows of the source")] = False,
     max_samples: Annotated[int | None, typer.Option("--max-samples", min=1)] = None,
-    max_length: Annotated[int, typer.Option("--max-length", min=2)] = 512,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="default: that of the training")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     exact_match: Annotated[bool, typer.Option("--exact-match", help="generate answers of chat or prompt rows and compare them")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,

@@ -33,7 +33,7 @@ ROLES = {
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("gate", "up", "down", "gate_up")
-TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "shared")
+TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 OTHER_ORDER = ("codegen", "gpt_bigcode")  # model types whose fused rows are in an order of their own: adapted whole only
 PRESETS: dict[str, Callable[["Site"], bool]] = {
     "all-linear": lambda s: s.kind == "linear" and s.rows is None and s.role != "head",

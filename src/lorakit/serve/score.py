@@ -20,13 +20,13 @@ def score(
     *,
     whole: bool = False,
     limit: int | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     batch_size: int = 8,
     exact: bool = False,
 ) -> dict[str, float]:
     """Figures on the validation side of `data` (all of it with `whole`). Raises DataError."""
     rows = load_rows(data, "valid", valid=data if whole else None)[:limit]
-    config = make_config({"train_data": data, "max_length": max_length})
+    config = make_config({"train_data": data, "max_length": max_length or opened.meta.get("max_length", 512)})
     model: Any = opened.model
     both = Rows(rows, rows, tuple(opened.meta.get("labels") or ()))
     packing = both.task == "causal-lm" and why_not_packable(model) is None
