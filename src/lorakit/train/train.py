@@ -96,8 +96,8 @@ def make_data(rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBas
 
 def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the adapter remembers: enough to load its base again, to talk to it, and to know its data."""
-    facts = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype, "data_hash": data.hash}
-    facts |= {"max_length": config.max_length}
+    facts: dict[str, Any] = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype, "data_hash": data.hash}
+    facts["max_length"] = config.max_length
     return facts | {"train_data": config.train_data, "chat_template": tokenizer.chat_template}
 
 
