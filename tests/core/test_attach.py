@@ -315,3 +315,15 @@ def test_given_is_restored_after_an_error_and_nests() -> None:
         raise ZeroDivisionError
     assert found == [[0, 8], [0, 7]]
     assert not adapted.cell.given
+
+
+@pytest.mark.parametrize(("dropout", "same"), [(0.0, True), (0.1, False)])
+def test_an_adapter_without_masks_leaves_the_bases_own_dropout_alone(dropout: float, same: bool) -> None:
+    """The base draws its masks from torch's global generator, from which only a delta with masks of its own may draw too."""
+    model = tiny_model("gpt2", resid_pdrop=0.2).train()
+    ids = torch.arange(10)[None]
+    torch.manual_seed(3)
+    alone = model(ids).logits
+    attach(model, get_method("lora", r=2, dropout=dropout))
+    torch.manual_seed(3)
+    assert torch.equal(model(ids).logits, alone) is same

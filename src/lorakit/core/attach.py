@@ -305,6 +305,7 @@ class Adapted:
                 entry.install(True)
         for slot in self._all_slots():
             slot.active = tuple(k for n in self.active for k in slot.branches if k.split("[")[0] == n)
+        self.cell.draws = any(b.delta.draws for b in self.branches())
 
     def _only_active(self) -> str:
         if len(self.active) != 1:
@@ -338,7 +339,7 @@ class _Prepare:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if model.training:
-            if not self.cell.given:
+            if self.cell.draws and not self.cell.given:  # a delta without masks leaves the base's own dropout as it was
                 self.cell.value = Ctx(torch.stack([torch.zeros((), dtype=torch.int64), torch.randint(2**31, ())]))
             if not torch.compiler.is_compiling():
                 _carry_context(model, self.cell)

@@ -23,6 +23,8 @@ class Cell:
 
     value: Ctx = field(default_factory=lambda: Ctx(torch.zeros(2, dtype=torch.int64)))
     given: bool = False
+    draws: bool = False
+    """Whether an active delta draws masks."""
 
     def hold(self, value: Ctx) -> "Held":
         """Set `value` for the duration of a block."""

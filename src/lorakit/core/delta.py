@@ -28,6 +28,8 @@ class Delta(nn.Module, ABC):
 
     provides: frozenset[str] = frozenset()
     trains: frozenset[str] = frozenset()
+    draws: bool = False
+    """Whether forward in training draws masks, so that every step needs a fresh context."""
 
     def drop(self, x: Tensor, ctx: Ctx) -> Tensor:
         """The input as the delta sees it in training (dropout); the identity by default and always in eval mode."""

@@ -33,6 +33,7 @@ class LowRank(Delta):
         super().__init__()
         self.r, self.s = spec.rank.at(site)
         self.p, self.stream = spec.dropout, random.stream(site.name)
+        self.draws = spec.dropout > 0
         self.provides, self.trains = spec.provides, frozenset(spec.train)
 
         def empty(*shape: int) -> Tensor:
