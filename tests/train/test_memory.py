@@ -354,7 +354,7 @@ def test_estimate_equals_what_a_fresh_process_needs(kwargs: dict[str, Any], chec
     found = measure(model, batch, optimizer="adamw", checkpointing=checkpointing)
     assert expected.activations > 100e6
     assert (expected.weights, expected.gradients, expected.optimizer) == (found.weights, found.gradients, found.optimizer)
-    assert math.isclose(expected.activations, found.activations, rel_tol=0.01)  # torch's allocator; catalogue: within 10 %
+    assert math.isclose(expected.activations, found.activations, rel_tol=0.01)  # torch's allocator; 10 % is asked for
     assert math.isclose(expected.step, found.step, rel_tol=0.01)
     if found.resident is not None:
         assert math.isclose(expected.activations, found.resident, rel_tol=0.1)  # the operating system

@@ -126,6 +126,7 @@ def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # inductor's own
 def test_compile_trains_the_same(tmp_path: Path) -> None:
     for name, on in (("a", False), ("b", True)):
         train(config(tmp_path, output_dir=str(tmp_path / name), torch_compile=on, dropout=0.1, max_steps=3), quiet=True)

@@ -44,7 +44,8 @@ def forward_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [b, t]: what each position is to predict
     kept = targets != IGNORED
     n = int(kept.sum())
-    if n < targets[:, 1:].numel() and "logits_to_keep" in _arguments(type(model).forward):
+    compiled = model._compiled_call_impl is not None  # its graph would break at a number of rows that the data decide
+    if n < targets[:, 1:].numel() and "logits_to_keep" in _arguments(type(model).forward) and not compiled:
         inputs["logits_to_keep"], targets = kept, targets[kept]  # [n]
     return _token_loss(model(**inputs).logits, targets), n
 
