@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from lorakit.cli.main import app
 from lorakit.train.train import train
-from tests.train.runs import config
+from tests.train.runs import class_file, config
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*words: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, result.output
+    assert result.exit_code == code, (result.output, result.exception)
     return result.output
 
 
@@ -66,6 +66,56 @@ def test_eval_generate_chat(adapter: Path) -> None:
     assert base["loss"] > json.loads(run("eval", str(adapter), "--data", data, "--json"))["loss"]
     assert run("generate", str(adapter), "--prompt", "line 1", "--max-new-tokens", "4")
     assert run("chat", str(adapter), "--message", "hello", "--max-new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("classes")
+    settings = config(tmp, train_data=class_file(tmp / "classes.jsonl"), max_steps=2)
+    train(settings, quiet=True)
+    return Path(settings.output_dir) / "adapter"
+
+
+def test_a_classifier_and_a_language_model_are_not_confused(adapter: Path, classifier: Path, tmp_path: Path) -> None:
+    texts, classes = str(adapter.parents[1] / "data.jsonl"), str(classifier.parents[1] / "classes.jsonl")
+    assert "this is a language model" in run("eval", str(adapter), "--data", classes, code=2)
+    assert "this is a classifier" in run("eval", str(classifier), "--data", texts, code=2)
+    assert "generates no text" in run("generate", str(classifier), "--prompt", "x", code=2)
+    assert "no perplexity of a classifier" in run("merge", str(classifier), "--out", str(tmp_path / "merged"))
+    run("convert", str(classifier), "--out", str(tmp_path / "peft"))
+
+
+def test_what_a_first_user_tripped_over(adapter: Path, tmp_path: Path) -> None:
+    base = adapter.parents[1]
+    data = ["--model", str(base / "model"), "--train-data", str(base / "data.jsonl")]
+    assert run("generate", str(adapter), "--prompt", "", "--max-new-tokens", "2") is not None
+    assert "is not a regular expression" in run("train", *data, "--sites", "re:(", code=2)
+    assert "expected float32, bfloat16, float16" in run("merge", str(adapter), "--out", str(tmp_path / "m"), "--dtype", "int8", code=2)
+    assert "resume='atuo'" in run("train", *data, "--resume", "atuo", code=2)
+    (tmp_path / "twice.yaml").write_text("r: 4\nmethod: lora\nr: 8\n")
+    assert "gives 'r' twice" in run("train", str(tmp_path / "twice.yaml"), code=2)
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    assert "line 2" in run("train", str(tmp_path / "broken.yaml"), code=2)
+    assert "--keys" in run("train", "--qqqqqq", "1", code=2)
+    assert "norm" in run("train", *data, "--unfreeze", "norm", "--dry-run")
+
+
+def test_a_peft_folder_remembers_its_base(adapter: Path, tmp_path: Path) -> None:
+    run("convert", str(adapter), "--out", str(tmp_path / "peft"))
+    data = str(adapter.parents[1] / "data.jsonl")
+    assert json.loads(run("eval", str(tmp_path / "peft"), "--data", data, "--json"))["loss"] == pytest.approx(
+        json.loads(run("eval", str(adapter), "--data", data, "--max-length", "512", "--json"))["loss"], abs=1e-5
+    )
+
+
+def test_svd_rank_gives_plain_lora_with_its_error(adapter: Path, tmp_path: Path) -> None:
+    base = adapter.parents[1]
+    settings = config(base, method="dora", output_dir=str(tmp_path / "dora"), learning_rate=5e-2)
+    train(settings, quiet=True)
+    text = run("convert", str(tmp_path / "dora" / "adapter"), "--out", str(tmp_path / "peft"), "--svd-rank", "3")
+    assert "error" in text
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (written["r"], written["use_dora"]) == (3, False)
 
 
 def test_inspect_merge_convert(adapter: Path, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.use import Adapter, Model
+from lorakit.cli.use import Folder, Model
 
 
 def inspect(
-    adapter: Adapter,
+    adapter: Folder,
     model: Model = None,
     plot: Annotated[str | None, typer.Option("--plot", help="write the spectrum of every site as PNG")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -33,7 +33,7 @@ def inspect(
 
 
 def convert(
-    adapter: Adapter,
+    adapter: Folder,
     out: Annotated[str, typer.Option("--out", help="new folder")],
     to: Annotated[str, typer.Option("--to", help="peft or lorakit")] = "peft",
     model: Model = None,
@@ -41,14 +41,17 @@ def convert(
         bool, typer.Option("--plain", help="PiSSA, AdaLoRA, …: write the exact plain LoRA instead of PEFT's own type")
     ] = False,
     svd_rank: Annotated[
-        int | None, typer.Option("--svd-rank", min=1, help="what has no exact form: approximate at this rank, and print the error")
+        int | None,
+        typer.Option("--svd-rank", min=1, help="plain LoRA; where it is not exact (DoRA), the closest of this rank, and its error"),
     ] = None,
 ) -> None:
     """Convert between lorakit's format and PEFT's, both ways."""
     from lorakit.adapters.convert import convert as run
-    from lorakit.train.source_model import load_model
+    from lorakit.serve.open import base_of, recorded
 
-    base = load_model(model) if model else None
-    for line in run(adapter, out, to=to, native=not plain, svd_rank=svd_rank, model=base, base_model=model):
+    name = model or recorded(adapter).get("model")
+    base = base_of(adapter, model, needed=svd_rank is not None)
+    native = not plain and svd_rank is None
+    for line in run(adapter, out, to=to, native=native, svd_rank=svd_rank, model=base, base_model=name):
         print(line)
     print(f"{to} adapter:", out)

@@ -20,7 +20,9 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="list every key with its default")] = False,
 ) -> None:
-    """Train an adapter: lorakit train run.yaml --r 16 --learning-rate 1e-3 (every key of the YAML is a flag; --keys lists them).
+    """Train an adapter: lorakit train --method lora --r 16 --model FOLDER --train-data FILE --output-dir OUT, or lorakit train run.yaml.
+
+    Every key of the YAML is a flag, the method's own parameters too; --keys lists them all with defaults and meanings.
 
     A run that was killed goes on with the same command and --resume auto.
     """
@@ -53,7 +55,7 @@ def train(
 
 def print_keys() -> None:
     """Every key of the configuration, then every method's own."""
-    from lorakit.core.method import describe, list_methods
+    from lorakit.core.method import COMMON, describe, list_methods
     from lorakit.train.config import FIELDS, TrainConfig
 
     table = Table("key", "default", "meaning", box=None)
@@ -63,5 +65,5 @@ def print_keys() -> None:
     for method in list_methods():
         table.add_section()
         for name, parameter in describe(method).parameters.items():
-            table.add_row(name, str(parameter.default), f"method {method}")
+            table.add_row(name, str(parameter.default), f"{method}: {COMMON.get(name, 'see lorakit show ' + method)}")
     Console(width=140).print(table)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 Adapter = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's); 'base' for the base alone")]
+Folder = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's)")]
 Model = Annotated[str | None, typer.Option("--model", help="base folder or Hub name; default: the one that the adapter names")]
 Force = Annotated[bool, typer.Option("--force", help="accept a base with other weights than the adapter was trained on")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
@@ -92,7 +93,7 @@ def chat(
 
 
 def merge(
-    adapter: Adapter,
+    adapter: Folder,
     out: Annotated[str, typer.Option("--out", help="new folder for the merged model")],
     model: Model = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the training dtype")] = None,
@@ -114,7 +115,8 @@ def merge(
             print("note:", note)
         print(f"verified on {verdict.prompts} prompts: largest logit difference {verdict.max_abs_diff:.2e} in fp32, ", end="")
         print(f"{verdict.target_max_abs_diff:.2e} as saved in {verdict.dtype} (rounding alone: {verdict.rounding:.2e}), ", end="")
-        print(f"perplexity change {100 * verdict.perplexity_change:+.4f} %")
+        change = verdict.perplexity_change
+        print("no perplexity of a classifier" if change is None else f"perplexity change {100 * change:+.4f} %")
     print("merged model:", out)
 
 

@@ -167,6 +167,8 @@ def get_method(name: str, /, **kwargs: Any) -> Method:
 def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
     if callable(value):  # a predicate for sites
         return value
+    if isinstance(value, str) and typing.get_origin(hint) is tuple:
+        value = (value,)  # one name where several may stand
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:

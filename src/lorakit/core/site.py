@@ -125,7 +125,10 @@ def _matches(site: Site, entry: str) -> bool:
     if entry in PRESETS:
         return PRESETS[entry](site)
     if entry.startswith("re:"):
-        return re.fullmatch(entry[3:], site.name) is not None
+        try:
+            return re.fullmatch(entry[3:], site.name) is not None
+        except re.error as error:
+            raise NoSuchSite(f"sites entry {entry!r} is not a regular expression: {error}") from None
     if "*" in entry or "?" in entry:
         return fnmatch.fnmatchcase(site.name, entry) and site.rows is None
     return site.name == entry or site.name.endswith("." + entry)

@@ -36,6 +36,11 @@ def complete(opened: Opened, prompt: str, **options: Any) -> str:
 
 def _stream(opened: Opened, ids: torch.Tensor, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
     model: Any = opened.model
+    if not model.can_generate():
+        raise BadParameter(f"{type(model).__name__} is a classifier and generates no text; use eval")
+    if not ids.numel():  # an empty prompt starts where a text starts
+        start = opened.tokenizer.bos_token_id if opened.tokenizer.bos_token_id is not None else opened.tokenizer.eos_token_id
+        ids = torch.tensor([[start]])
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit:  # keep the end of a prompt that would not fit, and leave room for the answer
         ids = ids[:, -max(1, limit - max_new_tokens) :]

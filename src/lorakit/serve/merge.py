@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.errors import CheckpointError, NotMergeable
+from lorakit.core.errors import BadParameter, CheckpointError, NotMergeable
 from lorakit.serve.open import Opened, open_adapter
 from lorakit.train.source_model import CLASSIFY
 
+DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS = (
     "def main(argv=None):\n    ",
     "The quick brown fox jumps over the lazy dog, and",
@@ -37,15 +38,17 @@ class Verdict:
     max_abs_diff: float
     target_max_abs_diff: float
     rounding: float
-    adapter_perplexity: float
-    merged_perplexity: float
+    adapter_perplexity: float | None
+    merged_perplexity: float | None
     prompts: int
     tolerance: float
     notes: tuple[str, ...] = ()
 
     @property
-    def perplexity_change(self) -> float:
-        """Relative change, merged against adapter."""
+    def perplexity_change(self) -> float | None:
+        """Relative change, merged against adapter; None for a classifier."""
+        if self.adapter_perplexity is None or self.merged_perplexity is None:
+            return None
         return self.merged_perplexity / self.adapter_perplexity - 1
 
     @property
@@ -73,6 +76,8 @@ def merge(
     Raises NotMergeable, and writes nothing, when verification exceeds `tolerance` (fp32 logits).
     """
     target = Path(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise BadParameter(f"dtype {dtype!r} cannot hold a merged model; expected {', '.join(DTYPES)}")
     if target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty; give another --out")
     opened = open_adapter(folder, model=model, dtype="float32", force=force)
@@ -163,7 +168,7 @@ def _verdict(
         ):  # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
             rounded = copy.deepcopy(plain).to(getattr(torch, dtype))
             rounding = largest([logits(rounded, ids) for ids in probe], after)
-    perplexities = [math.nan, math.nan] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
+    perplexities = [None, None] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
     return Verdict(
         dtype, largest(before, after), largest(before, saved), rounding, perplexities[0], perplexities[1], len(probe), tolerance, notes
     )

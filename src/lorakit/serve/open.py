@@ -53,6 +53,14 @@ def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | N
     return Opened(base.eval(), tokenizer, adapted, adapter.meta)
 
 
+def base_of(folder: str | Path, model: str | None, *, needed: bool) -> nn.Module | None:
+    """The base `model`, or, where it is needed (and always to read a PEFT folder), the one that the adapter names; None without a name."""
+    facts = recorded(folder)
+    name = model or (facts.get("model") if needed or locate(folder, RECORD) is None else None)
+    labels = facts.get("labels") or None
+    return load_model(name, task=CLASSIFY if labels else "causal-lm", labels=labels) if name else None
+
+
 def recorded(folder: str | Path) -> dict[str, Any]:
     """What an adapter folder says about itself, without a model; of a PEFT folder, the base that it names."""
     own, peft = locate(folder, RECORD), locate(folder, CONFIG)

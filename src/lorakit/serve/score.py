@@ -12,6 +12,7 @@ from lorakit.train.config import make_config
 from lorakit.train.dataset import Rows, prepare
 from lorakit.train.evaluate import evaluate
 from lorakit.train.metrics import exact_match
+from lorakit.train.source_model import CLASSIFY
 
 
 def score(
@@ -29,6 +30,9 @@ def score(
     config = make_config({"train_data": data, "max_length": max_length or opened.meta.get("max_length", 512)})
     model: Any = opened.model
     both = Rows(rows, rows, tuple(opened.meta.get("labels") or ()))
+    if (both.task == CLASSIFY) == bool(model.can_generate()):
+        kind = "language model" if model.can_generate() else "classifier"
+        raise DataError(f"this is a {kind}, and {data} holds {shape_of(rows[0])} data, which it cannot be scored on")
     packing = both.task == "causal-lm" and why_not_packable(model) is None
     prepared = prepare(both, config, opened.tokenizer, packing=packing, encoder_decoder=bool(model.config.is_encoder_decoder))
     figures = evaluate(model, prepared.valid, batch_size=batch_size)

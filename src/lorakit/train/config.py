@@ -5,6 +5,7 @@ against the
 method's signature. An unknown key is an error that names the nearest.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,22 +42,24 @@ class TrainConfig(pydantic.BaseModel):
     per_device_eval_batch_size: int = Field(8, ge=1, description="windows or samples")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches in a step; exact for uneven token counts")
     learning_rate: float = Field(2e-4, gt=0, description="peak rate; methods may multiply it by role")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on every trained parameter")
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the training items; may be a fraction")
     max_steps: int = Field(-1, description="overrides num_train_epochs when positive")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = Field(
+        "cosine", description="of every group, times its own rate"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear, from 0")
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="of all steps, when warmup_steps is 0")
-    gradient_checkpointing: bool = False
-    torch_compile: bool = False
-    logging_steps: int = Field(10, ge=1)
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, same bits")
+    torch_compile: bool = Field(False, description="compile the whole model; windows get a fixed length")
+    logging_steps: int = Field(10, ge=1, description="between two rows of metrics.jsonl")
     eval_steps: int = Field(0, ge=0, description="0: at the end only")
     save_steps: int = Field(100, ge=0, description="0: no checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     load_best_model_at_end: bool = Field(False, description="the final adapter is the one with the lowest eval loss")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better eval loss")
-    resume: str | None = Field(None, description="'auto': continue from the newest checkpoint in output_dir, if any")
+    resume: Literal["auto"] | None = Field(None, description="'auto': continue from the newest checkpoint in output_dir, if any")
     method_args: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters (given flat, beside the other keys)")
 
     def build_method(self) -> Method:
@@ -79,7 +82,8 @@ def make_config(values: dict[str, Any]) -> TrainConfig:
     for key in values:
         if key not in FIELDS and key not in entry.parameters and key != "method_args":
             options = [*FIELDS, *entry.parameters]
-            raise BadParameter(f"unknown key {key!r} (method {entry.name}). {did_you_mean(key, options)}".rstrip())
+            hint = did_you_mean(key, options) or "lorakit train --keys lists them."
+            raise BadParameter(f"unknown key {key!r} (method {entry.name}). {hint}")
     try:
         config = TrainConfig(**own, method_args=method_args)
     except pydantic.ValidationError as error:
@@ -94,9 +98,15 @@ def read_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConf
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(text) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadParameter(f"cannot read the configuration {path}: {str(error).splitlines()[0]}") from None
+            raise BadParameter(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise BadParameter(f"{path} is not a flat mapping of keys to values")
+        node = yaml.compose(text)
+        keys = Counter(key.value for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()
+        twice = [key for key, n in keys.items() if n > 1]
+        if twice:
+            raise BadParameter(f"{path} gives {twice[0]!r} twice; keep one")
     return make_config(values | overrides)

@@ -1,5 +1,7 @@
 """The model and tokenizer of a run: a local folder, a Hub name, or the bundled base."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,21 @@ def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", la
         auto = (
             AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         )
-        model: nn.Module = auto.from_pretrained(source, **options)
+        with _quiet():  # that a head is new is no news: it is trained here, or filled from the adapter
+            model: nn.Module = auto.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise BadParameter(f"cannot load a {task} model from {name!r}: {str(error).splitlines()[0]}") from None
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
