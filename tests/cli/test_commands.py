@@ -87,7 +87,7 @@ def test_a_classifier_and_a_language_model_are_not_confused(adapter: Path, class
 
 def test_what_a_first_user_tripped_over(adapter: Path, tmp_path: Path) -> None:
     base = adapter.parents[1]
-    data = ["--model", str(base / "model"), "--train-data", str(base / "data.jsonl")]
+    data = ["--model", str(base / "model"), "--train-data", str(base / "data.jsonl"), "--output-dir", str(tmp_path / "out")]
     assert run("generate", str(adapter), "--prompt", "", "--max-new-tokens", "2") is not None
     assert "is not a regular expression" in run("train", *data, "--sites", "re:(", code=2)
     assert "expected float32, bfloat16, float16" in run("merge", str(adapter), "--out", str(tmp_path / "m"), "--dtype", "int8", code=2)

@@ -45,11 +45,12 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     out = Path(config.output_dir)
     began = time.perf_counter()
     here = world()
-    found = claim(out, config, here)
+    found = earlier(out, config, here)
     if found is not None:
         return found
     parts = build(config, here)
     run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet)
+    claim(out, config, here)
     if config.resume and checkpoints(out):
         run.load_state(read_state(checkpoints(out)[-1]))
     final = run.train()
@@ -107,36 +108,36 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def claim(out: Path, config: TrainConfig, here: World) -> Result | None:
-    """Make `out` this run's folder. A finished run to be resumed is returned; another run's folder is refused."""
-    record = out / "run.json"
-    mine = config.identity()
+def earlier(out: Path, config: TrainConfig, here: World) -> Result | None:
+    """Look at `out` before anything is loaded: a finished run to be resumed is returned, another run's folder is refused."""
+    record, mine = out / "run.json", config.identity()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to output_dir {out}: {error.strerror or error}") from None
     known = record.exists()
     here.wait()  # every process has looked before one of them writes
-    if known:
-        saved = json.loads(record.read_text(encoding="utf-8"))
-        if not config.resume:
-            raise BadParameter(f"{out} already holds a run; use --resume auto to continue it, or another --output-dir")
-        differs = [k for k in mine if mine[k] != saved["config"].get(k)]
-        if differs:
-            k = differs[0]
-            raise BadParameter(
-                f"cannot resume {out}: {k} was {saved['config'].get(k)!r} and is now {mine[k]!r}; use the same configuration"
-            )
-        torch.set_num_threads(saved["threads"])  # the number of threads decides the order of sums, and so the bits
-        return read_result(out)
-    if here.main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            partial = record.with_suffix(".partial")
-            partial.write_text(
-                json.dumps({"config": mine, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=1), encoding="utf-8"
-            )
-            partial.replace(record)
-        except OSError as error:
-            raise CheckpointError(f"cannot write to output_dir {out}: {error.strerror or error}") from None
-    here.wait()
-    return None
+    if not known:
+        return None
+    saved = json.loads(record.read_text(encoding="utf-8"))
+    if not config.resume:
+        raise BadParameter(f"{out} already holds a run; use --resume auto to continue it, or another --output-dir")
+    differs = [k for k in mine if mine[k] != saved["config"].get(k)]
+    if differs:
+        k = differs[0]
+        raise BadParameter(f"cannot resume {out}: {k} was {saved['config'].get(k)!r} and is now {mine[k]!r}; use the same configuration")
+    torch.set_num_threads(saved["threads"])  # the number of threads decides the order of sums, and so the bits
+    return read_result(out)
+
+
+def claim(out: Path, config: TrainConfig, here: World) -> None:
+    """Make `out` this run's folder, once everything that the user typed has proved right."""
+    record = out / "run.json"
+    if here.main and not record.exists():
+        facts = {"config": config.identity(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        partial = record.with_suffix(".partial")
+        partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        partial.replace(record)
 
 
 def read_result(out: Path) -> Result | None:
