@@ -3,9 +3,8 @@
     python benchmarks/training_step.py --out benchmarks/results/NAME.json
 
 Every contender runs on the same weights and batch; rounds are interleaved, and the ratios are of medians from this one run. `limit` is
-forward plus
-backward through the frozen base to its embeddings, which no adapter on every layer can undercut. `saved` is what the forward keeps for
-backward.
+forward plus backward through the frozen base to its embeddings, which no adapter on every layer can undercut. `saved` is what the forward
+keeps for backward.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """Quickstart: LoRA on the bundled base and a task held out of its pre-training, against full fine-tuning and two controls.
 
 Every arm sees the same batches and gets the better of three learning rates. The adapters sit below the head: LoRA adapts the linear
-layers of the blocks, so
-that what the head alone or the norms alone can do is a fair control.
+layers of the blocks, so that what the head alone or the norms alone can do is a fair control.
 """
 
 import json

@@ -3,8 +3,7 @@
 `checkpoint`: digest of the source folder's safetensors (names, shapes, dtypes, and sampled bytes of every tensor), when the model came
 from one.
 `rows`: digest of sampled entries of every floating parameter, rounded to bf16 first, so that an fp32 and a bf16 load agree; None when
-some weights
-are stored in another form (quantized).
+some weights are stored in another form (quantized).
 """
 
 import hashlib

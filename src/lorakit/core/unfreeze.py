@@ -1,8 +1,8 @@
 """Whole modules trained beside the deltas (a classifier head, norms, biases, everything).
 
 The trained parameters are new objects in the modules' places; the originals are kept, so that switching, disabling and detaching are
-exact, and a weight
-tied to one that stays frozen is untied by being trained. Parameters of a lower precision train in fp32 and are cast inside forward.
+exact, and a weight tied to one that stays frozen is untied by being trained. Parameters of a lower precision train in fp32 and are cast
+inside forward.
 """
 
 import fnmatch

@@ -1,8 +1,7 @@
 """Merge an adapter into a copy of its base, and prove that the two say the same.
 
 The merged model is computed in fp32, saved in the target dtype, loaded again with plain Transformers, and compared with the adapter on
-sample prompts: in
-fp32 before saving, and in the target dtype after. The input is never touched.
+sample prompts: in fp32 before saving, and in the target dtype after. The input is never touched.
 """
 
 import copy
@@ -31,8 +30,8 @@ PROMPTS = (
 @dataclass(frozen=True)
 class Verdict:
     """`max_abs_diff`: largest logit difference of adapter and merged model in fp32; `target_max_abs_diff`: the same with the merged
-    model as saved,
-    in `dtype`; perplexities of the sample prompts; `rounding`: what the base's own rounding to `dtype` changes (0 in fp32)."""
+    model as saved, in `dtype`; perplexities of the sample prompts; `rounding`: what the base's own rounding to `dtype` changes (0 in
+    fp32)."""
 
     dtype: str
     max_abs_diff: float

@@ -1,8 +1,7 @@
 """One flat configuration: the keys of a YAML file are the flags of `lorakit train`.
 
 Names are Transformers' TrainingArguments' where they exist. A method's own parameters (r, alpha, sites, …) stand beside them, checked
-against the
-method's signature. An unknown key is an error that names the nearest.
+against the method's signature. An unknown key is an error that names the nearest.
 """
 
 from collections import Counter

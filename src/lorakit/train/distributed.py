@@ -1,6 +1,5 @@
 """Several processes, started by Accelerate's launcher: each holds the adapters whole and sums their gradients; the base is replicated
-(DDP's role) or
-sharded by FSDP2 (`accelerate launch --use_fsdp`).
+(DDP's role) or sharded by FSDP2 (`accelerate launch --use_fsdp`).
 
 Only the adapters' gradients cross the network, in one flat all-reduce a step.
 """

@@ -1,8 +1,8 @@
 """One training run: the loop, its events, and what survives a kill.
 
 A step: before_forward · micro-batches (summed token losses, backward) · divide by the tokens of all processes · penalties ·
-after_backward · clip ·
-optimizer.step · after_step · zero_grad. Dividing once, after the last micro-batch, makes accumulation exact for uneven token counts.
+after_backward · clip · optimizer.step · after_step · zero_grad. Dividing once, after the last micro-batch, makes accumulation exact for
+uneven token counts.
 """
 
 import json

@@ -39,8 +39,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     """Train an adapter as configured and save it under `output_dir`/adapter.
 
     With resume="auto" a killed run goes on from its newest checkpoint and ends with the same bits, on CPU, as if it had never been
-    killed; a
-    finished one returns at once. Raises BadParameter when `output_dir` holds another run.
+    killed; a finished one returns at once. Raises BadParameter when `output_dir` holds another run.
     """
     out = Path(config.output_dir)
     began = time.perf_counter()

@@ -3,8 +3,7 @@
     Init[A]: A ~ N(0, 1/d_in), B = 0        Init[B]: A = 0, B ~ N(0, 1/r)        both give ΔW = 0
 
 At the first step Init[A] has ∂A = 0, ∂B ≠ 0, and Init[B] the reverse. The paper: Init[A] tolerates larger learning rates as the width
-grows and
-is better on average; Init[B] is more stable, but B stays under-trained.
+grows and is better on average; Init[B] is more stable, but B stays under-trained.
 Trained and shapes as in `lora`. Default: init A.
 References: arXiv:2406.08447; survey 3.3.1 (whose section 2.1 swaps the two).
 """

@@ -4,10 +4,9 @@
     y = (W − s·B₀A₀) x + s·B A dropout(x) + bias        A, B start at A₀, B₀
 
 The adapter starts at the principal part of W, which learns faster than noise; the residual is frozen. The paper rewrites W into the
-residual; here the
-pair (A₀, B₀) stays in the delta as a frozen anchor, so that the base is never touched: other adapters on it stay right, disabling and
-detaching are exact, bf16 loses nothing, and the adapter is plain LoRA of rank 2r: [B, −B₀] · [A; A₀].
-With dropout the anchor sees the dropped input too.
+residual; here the pair (A₀, B₀) stays in the delta as a frozen anchor, so that the base is never touched: other adapters on it stay
+right, disabling and detaching are exact, bf16 loses nothing, and the adapter is plain LoRA of rank 2r: [B, −B₀] · [A; A₀]. With dropout
+the anchor sees the dropped input too.
 Trained: A and B, r (d_in + d_out) a site. `niter` 0 is the exact SVD in fp32; above, that many randomized subspace iterations (the
 paper: 4 to 16).
 Defaults: alpha = r, so s = 1 (section 5: r = alpha = 128).

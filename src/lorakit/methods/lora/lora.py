@@ -5,8 +5,7 @@
 Trained: A and B, r (d_in + d_out) parameters a site. A ~ U(±1/√d_in), B = 0, so the output is the base's at the start, bit for bit; at an
 embedding A = 0 and B ~ N(0, 1). Merging adds s·B·A to W.
 Defaults: r 8, alpha 16, no dropout (RoBERTa, section D.1 and the official GLUE scripts). The paper adapts Wq and Wv (`sites="qv"`);
-adapting every
-linear layer is today's practice and the default here.
+adapting every linear layer is today's practice and the default here.
 References: arXiv:2106.09685; survey 2.1.
 """
 

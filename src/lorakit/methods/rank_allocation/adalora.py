@@ -9,9 +9,8 @@ A triplet scores S_i = s(g_i) + mean_j s(A_ij) + mean_j s(B_ji). Over all sites 
     b(t) = b_T + (b_0 − b_T) (1 − (t − t_i) / (T − t_i − t_f))³        b_0 = n·r, b_T = n·target_r
 
 where t_i, t_f are `tinit`, `tfinal` and β₁, β₂ `beta1`, `beta2`. Every `delta_t` steps g is set to zero outside the b(t) best
-triplets. A and B stay,
-so a pruned triplet can come back, until the last t_f steps, whose mask is fixed. At the end exactly b_T triplets are left, with t_f =
-0 too, so that what is trained is what is saved.
+triplets. A and B stay, so a pruned triplet can come back, until the last t_f steps, whose mask is fixed. At the end exactly b_T triplets
+are left, with t_f = 0 too, so that what is trained is what is saved.
 Trained: A, B, g: r (d_in + d_out + 1) a site. A, B ~ N(0, 0.02²), g = 0. w is read after the optimizer's step, its gradient before
 clipping.
 Defaults: r 12, target_r 8, β 0.85, orth 0.5, t_i = t_f = 0, delta_t 1 (PEFT); the paper has r = 1.5 target_r, orth 0.1, alpha 16 or 32, and

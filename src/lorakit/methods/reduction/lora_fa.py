@@ -5,10 +5,9 @@
 Backward needs A x (r wide), never x (d_in wide), so the adapter keeps r values a token instead of d_in. ΔW's rows stay in the row
 space of A.
 With `correct` B's gradient becomes g_B (A Aᵀ)⁻¹ / s², the minimizer of ‖s g_B A − g‖_F, so that s·g_B·A is the full gradient g
-projected on the
-row space of A (version 2 of the paper; eps 1e-6 for Adam as the correction rescales gradients). Dropout keeps a mask of x's size and spoils
-the saving: it is 0 and not offered.
-At an embedding A ~ N(0, 1) and B = 0: LoRA's own start there, A = 0, would never learn.
+projected on the row space of A (version 2 of the paper; eps 1e-6 for Adam as the correction rescales gradients). Dropout keeps a mask of
+x's size and spoils the saving: it is 0 and not offered. At an embedding A ~ N(0, 1) and B = 0: LoRA's own start there, A = 0, would never
+learn.
 Trained: B, r d_out parameters a site. Checkpoint: a plain LoRA pair.
 References: arXiv:2308.03303; survey 5.1.1. Version 1's equations are stated from memory.
 """
