@@ -1,9 +1,10 @@
 """The forms in which PEFT can hold an adapter: for every module one low-rank pair, and the fields that say what the pairs mean.
 
     plain      LORA                 ΔW = s·B·A, whatever the method: its factors; PiSSA is [B, −B₀]·[A; A₀], of rank 2r
-    dora       LORA, use_dora       the magnitude beside the pair pissa      LORA, init pissa     A and B alone: PEFT subtracts the
-    principal part from the base again when it loads adalora    ADALORA              the triplets that were not pruned closest    LORA
-    the best s·B·A of a given rank, for what has no factors; not exact
+    dora       LORA, use_dora       the magnitude beside the pair
+    pissa      LORA, init pissa     A and B alone: PEFT subtracts the principal part from the base again when it loads
+    adalora    ADALORA              the triplets that were not pruned
+    closest    LORA                 the best s·B·A of a given rank, for what has no factors; not exact
 
 All but the last are exact up to the rounding of fp32.
 """

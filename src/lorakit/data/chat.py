@@ -1,8 +1,8 @@
 """A conversation as one training sample, with the loss on what the assistant said.
 
 The conversation is rendered by the tokenizer's chat template and tokenized once, as in use. Which characters are the assistant's:
-    marked    a template with {% generation %} says so itself prefix    else, for each assistant turn, what `messages[:i+1]` renders
-    beyond `messages[:i]` with the generation prompt;
+    marked    a template with {% generation %} says so itself
+    prefix    else, for each assistant turn, what `messages[:i+1]` renders beyond `messages[:i]` with the generation prompt;
               line breaks that the template puts behind the end-of-turn token are not the model's to write, and are left out
 A token is trained on if it holds one of those characters. The end of the turn belongs to them, so the model learns to stop.
 """
