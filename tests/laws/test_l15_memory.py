@@ -1,9 +1,10 @@
 """L15: what an adapted layer saves for backward, in elements a token, is at most what is declared (counted by saved_tensors_hooks).
 
 The frozen linear layer saves nothing but its weight. With input x [n, d_in], output y [n, d_out], R = delta.bound(), a branch may save
-    plain, A trained    d_in + R          x for A's gradient, z for B's plain, A frozen     R                 z only (LoRA-FA) combined
-    (γ)        + 2 d_out         the frozen output and the delta's, for γ's gradient dropout             + d_in            the mask (and
-    with γ the dropped x instead of x)
+    plain, A trained    d_in + R          x for A's gradient, z for B's
+    plain, A frozen     R                 z only (LoRA-FA)
+    combined (γ)        + 2 d_out         the frozen output and the delta's, for γ's gradient
+    dropout             + d_in            the mask (and with γ the dropped x instead of x)
 A method outside this form declares its own count in DECLARED.
 """
 
