@@ -32,12 +32,16 @@ def test_a_method_is_a_frozen_value(name: str) -> None:
     assert all(dataclasses.is_dataclass(p) and type(p).__dataclass_params__.frozen for p in parts)
 
 
+def test_one_name_stands_for_a_tuple_of_one() -> None:
+    assert get_method("lora", unfreeze="lm_head") == get_method("lora", unfreeze=("lm_head",))
+
+
 def test_names_and_values_as_typed() -> None:
     with pytest.raises(NoSuchMethod, match="Did you mean 'lora'"):
         get_method("lorra")
     with pytest.raises(BadParameter, match="Did you mean 'alpha'"):
         get_method("lora", alhpa=3)
-    for wrong in ({"r": "eight"}, {"r": 8.5}, {"dropout": "no"}, {"unfreeze": "head"}, {"rank_pattern": [1]}):
+    for wrong in ({"r": "eight"}, {"r": 8.5}, {"dropout": "no"}, {"unfreeze": 3}, {"rank_pattern": [1]}):
         (key,) = wrong
         with pytest.raises(BadParameter, match=f"{key}="):
             get_method("lora", **wrong)
