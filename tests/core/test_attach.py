@@ -327,3 +327,18 @@ def test_an_adapter_without_masks_leaves_the_bases_own_dropout_alone(dropout: fl
     attach(model, get_method("lora", r=2, dropout=dropout))
     torch.manual_seed(3)
     assert torch.equal(model(ids).logits, alone) is same
+
+
+def test_merge_and_unload_leaves_a_plain_model_with_the_merged_weights() -> None:
+    model = tiny_model("llama")
+    plain = {name: type(m) for name, m in model.named_modules()}
+    ids = torch.arange(10)[None]
+    adapted = attach(model, get_method("dora", r=2, unfreeze="norm"))
+    with torch.no_grad():
+        for row in adapted.params():
+            row.tensor.add_(0.1 * torch.randn_like(row.tensor))
+    before = model(ids).logits
+    assert adapted.merge_and_unload() is model
+    assert torch.allclose(model(ids).logits, before, atol=1e-4)
+    assert {name: type(m) for name, m in model.named_modules()} == plain
+    assert not model._forward_pre_hooks

@@ -1,5 +1,6 @@
 """Two gloo processes, started by Accelerate's launcher: DDP's role and FSDP2 end where one process ends."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,17 @@ def launched(words: list[str], port: int, kind: str) -> list[str]:
 @pytest.mark.parametrize("kind", sorted(FLAGS))
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
 def test_two_processes_end_where_one_ends(tmp_path: Path, kind: str, method: str) -> None:
-    keys = {"method": method, "max_steps": 4, "eval_steps": 2, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    odd = tmp_path / "three.jsonl"  # three windows for two processes: one has more batches than the other
+    odd.write_text("".join(json.dumps({"text": f"held out {i} " + "abc de " * 6}) + "\n" for i in range(3)))
+    keys = {
+        "method": method,
+        "eval_data": str(odd),
+        "per_device_eval_batch_size": 1,
+        "max_steps": 4,
+        "eval_steps": 2,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-3,
+    }
     finish(start(command(config(tmp_path, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **keys))))
     two = command(config(tmp_path, output_dir=str(tmp_path / "two"), **keys))
     port = 20000 + os.getpid() % 20000

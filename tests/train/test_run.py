@@ -1,6 +1,8 @@
 """The training loop: exact accumulation, evaluation, early stopping, errors that lose nothing."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,22 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch:
     assert not list((tmp_path / "out").glob("*.partial"))
     monkeypatch.setattr(module, "write_state", real)
     assert train(config(tmp_path, resume="auto"), quiet=True).steps == 6
+
+
+def test_a_real_size_limit_is_one_clear_error(tmp_path: Path) -> None:
+    """The operating system refuses the write inside the tensor file, not a stand-in of ours."""
+    from lorakit.train.checkpoint import write_checkpoint
+    from lorakit.train.state import write_state
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write .*checkpoint-00000001"):
+            write_checkpoint(tmp_path, 1, lambda folder: write_state(folder, {"x": torch.zeros(100_000)}), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:

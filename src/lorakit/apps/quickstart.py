@@ -5,29 +5,33 @@ layers of the blocks, so that what the head alone or the norms alone can do is a
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.adapters.io import save_adapter
 from lorakit.core.adapter import Adapter
 from lorakit.core.attach import attach
+from lorakit.core.errors import MissingExtra
 from lorakit.core.method import Method, get_method
 from lorakit.data.row import Row, shape_of
 from lorakit.serve.generate import complete, stream_chat
 from lorakit.serve.merge import Verdict, merge
 from lorakit.serve.open import Opened, open_adapter
 from lorakit.train.config import BUNDLED, TrainConfig, make_config
-from lorakit.train.dataset import TrainData, prepare, read_rows
+from lorakit.train.dataset import TrainData, prepare, read_rows, trained_bytes
 from lorakit.train.distributed import World, world
 from lorakit.train.evaluate import evaluate, to
 from lorakit.train.memory import estimate
 from lorakit.train.metrics import forward_loss
+from lorakit.train.report import draw_curve
 from lorakit.train.run import Run
 from lorakit.train.source_model import load_model, load_tokenizer
 from lorakit.train.train import describe_run, seed_everything
@@ -90,14 +94,12 @@ def quickstart(
     seed_everything(config.seed)
     tokenizer, model, here = load_tokenizer(BUNDLED), load_model(BUNDLED), world()
     rows = read_rows(config)
-    data = prepare(rows, config, tokenizer, packing=True)
-    data.valid.items[:] = data.valid.items[:eval_windows]
+    data = shortened(prepare(rows, config, tokenizer, packing=True), tokenizer, eval_windows)
     console.print(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters; task {task}: {data.train.account}; "
         f"{steps} steps of 4 windows a trial"
     )
-    base = evaluate(model, bytes_of(data, tokenizer).valid, batch_size=16)
-    data = bytes_of(data, tokenizer)
+    base = evaluate(model, data.valid, batch_size=16)
     outcomes = []
     for arm in arms(rank):
         outcomes.append(run_arm(arm, model, data, config, here, describe_run(config, data, tokenizer)))
@@ -105,11 +107,7 @@ def quickstart(
         console.print(f"  {arm.name}: held-out loss by learning rate {{{tried}}}, {outcomes[-1].seconds:.0f} s", highlight=False)
     lora = outcomes[0]
     assert lora.adapter is not None
-    from lorakit.adapters.io import save_adapter
-    from lorakit.train.report import draw_curve
-
     folder = save_adapter(lora.adapter, out / "adapter")
-    draw_curve(lora.history, out / "curve.png")
     opened = open_adapter(folder)
     completions = [compare(opened, row) for row in rows.valid[:: max(1, len(rows.valid) // 3)][:3]]
     verdict = merge(folder, _fresh(out / "merged"))
@@ -117,6 +115,10 @@ def quickstart(
     report = summary(base, outcomes, verdict, folder, completions, time.perf_counter() - began)
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     show(console, base, outcomes, report, out)
+    try:
+        draw_curve(lora.history, out / "curve.png")
+    except MissingExtra as error:
+        console.print(f"no curve drawn: {error}")
     return report
 
 
@@ -143,13 +145,10 @@ def run_arm(arm: Arm, model: Any, data: TrainData, config: TrainConfig, here: Wo
     return outcome
 
 
-def bytes_of(data: TrainData, tokenizer: Any) -> TrainData:
-    """The data with the held-out side's bytes counted anew, after it was cut short."""
-    from dataclasses import replace
-
-    from lorakit.train.dataset import trained_bytes
-
-    return replace(data, valid=replace(data.valid, n_bytes=trained_bytes(tokenizer, data.valid.items, shifted=True)))
+def shortened(data: TrainData, tokenizer: Any, windows: int) -> TrainData:
+    """The data with a held-out side of at most `windows` windows, its bytes counted anew."""
+    items = data.valid.items[:windows]
+    return replace(data, valid=replace(data.valid, items=items, n_bytes=trained_bytes(tokenizer, items, shifted=True)))
 
 
 def summary(
@@ -218,7 +217,5 @@ def compare(opened: Opened, row: Row) -> dict[str, str]:
 
 
 def _fresh(folder: Path) -> Path:
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     return folder

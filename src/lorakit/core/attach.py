@@ -217,6 +217,16 @@ class Adapted:
             self._install()
         return self.model
 
+    def merge_and_unload(self) -> nn.Module:
+        """`merge` for good: the plain model with the merged weights and the trained modules; the originals are gone."""
+        self.merge()
+        for slot in self._all_slots():
+            slot.base.forget_()
+        for entry in [u for name in self.active for u in self.unfrozen[name]]:
+            entry.original = nn.Parameter(entry.trained.detach().to(entry.original.dtype), requires_grad=entry.original.requires_grad)
+        self._merged = False
+        return self.detach()
+
     # --- saving -----------------------------------------------------------------------------------------------------------
 
     @property

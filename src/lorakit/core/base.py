@@ -33,6 +33,9 @@ class Base(Protocol):
     def restore_(self) -> None:
         """Put the original bits back (arithmetic undo leaves some 4 % of bf16 entries wrong)."""
 
+    def forget_(self) -> None:
+        """Drop the original: what is stored now stays."""
+
     @property
     def bias(self) -> Tensor | None: ...
     @property
@@ -70,6 +73,9 @@ class _Stored:
     def restore_(self) -> None:
         if self.kept is not None:
             self.module.weight, self.kept = self.kept, None
+
+    def forget_(self) -> None:
+        self.kept = None
 
     @property
     def bias(self) -> Tensor | None:

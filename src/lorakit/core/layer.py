@@ -39,6 +39,9 @@ class RowsOf:
     def restore_(self) -> None:
         self.base.restore_()
 
+    def forget_(self) -> None:
+        self.base.forget_()
+
     @property
     def bias(self) -> Tensor | None:
         return None if self.base.bias is None else self.base.bias[self.index]

@@ -4,7 +4,6 @@ The merged model is computed in fp32, saved in the target dtype, loaded again wi
 sample prompts: in fp32 before saving, and in the target dtype after. The input is never touched.
 """
 
-import copy
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -85,16 +84,16 @@ def merge(
     with torch.no_grad():
         before = [logits(opened.model, ids) for ids in probe]
     assert opened.adapted is not None
-    merged = opened.adapted.merge()
     notes = tuple(opened.adapted.notes)
+    plain = opened.adapted.merge_and_unload()
     with torch.no_grad():
-        after = [logits(merged, ids) for ids in probe]
-    plain = strip(merged)
+        after = [logits(plain, ids) for ids in probe]
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _save(plain, opened, partial, dtype)
-        verdict = _verdict(opened, plain, partial, probe, before, after, dtype, tolerance, notes) if verify else None
+        rounded = plain if dtype == "float32" else plain.to(getattr(torch, dtype))
+        _save(rounded, opened, partial)
+        verdict = _verdict(opened, rounded, partial, probe, before, after, dtype, tolerance, notes) if verify else None
         if verdict is not None and not verdict.ok:
             raise NotMergeable(
                 f"merged and unmerged logits differ by {verdict.max_abs_diff:.2e} in fp32 and "
@@ -112,21 +111,6 @@ def merge(
     return verdict
 
 
-def strip(merged: nn.Module) -> nn.Module:
-    """A copy of a merged model without any trace of the adapter: plain classes, merged weights."""
-    from lorakit.core.layer import Slot, restore
-    from lorakit.core.unfreeze import stop_casting
-
-    plain = copy.deepcopy(merged)
-    for module in [m for m in plain.modules() if isinstance(getattr(m, "lora", None), Slot)]:
-        restore(module)
-    for module in list(plain.modules()):
-        stop_casting(module)
-    plain._forward_pre_hooks.clear()
-    plain.__dict__.pop("resize_token_embeddings", None)
-    return plain
-
-
 def probes(opened: Opened) -> list[Tensor]:
     """Token ids of the sample prompts, [1, t] each."""
     limit = getattr(opened.model.config, "max_position_embeddings", None) or 512
@@ -142,14 +126,14 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return result
 
 
-def _save(plain: nn.Module, opened: Opened, folder: Path, dtype: str) -> None:
-    copy.deepcopy(plain).to(getattr(torch, dtype)).save_pretrained(folder)  # type: ignore[operator]
+def _save(model: nn.Module, opened: Opened, folder: Path) -> None:
+    model.save_pretrained(folder)  # type: ignore[operator]
     opened.tokenizer.save_pretrained(folder)
 
 
 def _verdict(
     opened: Opened,
-    plain: nn.Module,
+    rounded: nn.Module,
     folder: Path,
     probe: list[Tensor],
     before: list[Tensor],
@@ -159,14 +143,10 @@ def _verdict(
     notes: Any,
 ) -> Verdict:
     with torch.no_grad():
-        reloaded = type(plain).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[attr-defined]
+        reloaded = type(rounded).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[attr-defined]
         saved = [logits(reloaded, ids) for ids in probe]
-        rounding = 0.0
-        if (
-            dtype != "float32"
-        ):  # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
-            rounded = copy.deepcopy(plain).to(getattr(torch, dtype))
-            rounding = largest([logits(rounded, ids) for ids in probe], after)
+        # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
+        rounding = 0.0 if dtype == "float32" else largest([logits(rounded, ids) for ids in probe], after)
     perplexities = [None, None] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
     return Verdict(
         dtype, largest(before, after), largest(before, saved), rounding, perplexities[0], perplexities[1], len(probe), tolerance, notes

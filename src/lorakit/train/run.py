@@ -25,7 +25,7 @@ from lorakit.train.checkpoint import write_checkpoint
 from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import TrainData
 from lorakit.train.distributed import World
-from lorakit.train.evaluate import evaluate, to
+from lorakit.train.evaluate import ALONE, evaluate, to
 from lorakit.train.memory import used_bytes
 from lorakit.train.metrics import forward_loss
 from lorakit.train.report import MetricsLog, Progress
@@ -101,8 +101,9 @@ class Run:
         return final
 
     def evaluate(self) -> dict[str, float]:
-        """Figures on the held-out side."""
-        return evaluate(self.adapted.model, self.data.valid, batch_size=self.config.per_device_eval_batch_size, world=self.world)
+        """Figures on the held-out side. A sharded base gathers its weights in every forward, so there all processes run all batches."""
+        world = ALONE if self.world.sharded else self.world
+        return evaluate(self.adapted.model, self.data.valid, batch_size=self.config.per_device_eval_batch_size, world=world)
 
     def _step(self, progress: Progress) -> dict[str, Any]:
         index, began = self.at.step, time.perf_counter()
@@ -221,7 +222,7 @@ class Run:
             "position": vars(self.at),
             "adapter": self.adapted.tensors(self.name),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "schedule": self.schedule.state_dict(),
             "controllers": [c.state_dict() for c in self.controllers],
             "sampler": self.sampler.state_dict(),
             "random": random_state(),
@@ -244,7 +245,7 @@ class Run:
             raise CheckpointError("the checkpoint holds another adapter's tensors; resume with the same method and sites")
         self.adapted.load_tensors(self.name, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
+        self.schedule.load_state_dict(state["schedule"])
         for controller, saved in zip(self.controllers, state["controllers"], strict=True):
             controller.load_state_dict(saved)
         self.sampler.load_state_dict(state["sampler"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lorakit.core.errors import CheckpointError
@@ -44,7 +44,7 @@ def write_state(folder: Path, tree: Any) -> None:
     """Write state.safetensors and state.json into an existing folder, synced to disk."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(flatten(tree, tensors), indent=1)
-    save_file(tensors, folder / "state.safetensors")
+    (folder / "state.safetensors").write_bytes(save(tensors))  # not save_file, whose error on a full disk is no OSError
     (folder / "state.json").write_text(text, encoding="utf-8")
     for name in ("state.safetensors", "state.json"):
         with (folder / name).open("rb") as f:
