@@ -30,6 +30,7 @@ PUBLIC = [
     "list_methods",
     "load",
     "method",
+    "quantize",
     "select",
 ]
 

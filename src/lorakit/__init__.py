@@ -18,6 +18,7 @@ from lorakit.core.errors import (
 )
 from lorakit.core.method import Method, describe, get_method, list_methods, method
 from lorakit.core.site import Site, select
+from lorakit.parts.bases.quantize import quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,5 +45,6 @@ __all__ = [
     "list_methods",
     "load",
     "method",
+    "quantize",
     "select",
 ]

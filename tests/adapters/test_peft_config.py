@@ -5,25 +5,38 @@ from importlib.metadata import version
 import peft
 import pytest
 
-from lorakit.adapters.peft_config import ADALORA, DEFAULTS, FOLLOWED, LORA, VERSION
+import lorakit
+from lorakit.adapters.peft_fields import VERSION
+from lorakit.adapters.peft_types import NATIVE, TYPES
 
-CLASSES = {"LORA": peft.LoraConfig(), "ADALORA": peft.AdaLoraConfig(total_step=1)}
+CLASSES = {
+    "LORA": peft.LoraConfig,
+    "ADALORA": lambda: peft.AdaLoraConfig(total_step=1),
+}
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_every_field_and_its_default(kind):
-    theirs = {k: v.value if isinstance(v, peft.PeftType) else v for k, v in CLASSES[kind].to_dict().items()}
+    theirs = {k: v.value if isinstance(v, peft.PeftType) else v for k, v in CLASSES[kind]().to_dict().items()}
     stored = {"inference_mode": True, "peft_version": VERSION} | ({"total_step": None} if kind == "ADALORA" else {})
-    assert DEFAULTS[kind] == theirs | stored
+    assert TYPES[kind].table.config == theirs | stored
 
 
 def test_the_version_is_the_one_that_is_tested_against():
     assert version("peft") == VERSION
 
 
-def test_every_field_is_followed_or_refused():
-    """A field that is followed is known; one that is neither is refused when it says anything."""
-    assert set(LORA) | set(ADALORA) | {"runtime_config"} >= FOLLOWED
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_field_is_followed_or_refused(kind):
+    """A field that is followed is known to some type; one that is not followed is refused when it says anything."""
+    known = set().union(*(other.table.config for other in TYPES.values()))
+    assert known | {"runtime_config"} >= TYPES[kind].table.followed
+    assert set(TYPES[kind].table.fits) <= set(TYPES[kind].table.config)
+
+
+def test_a_method_is_of_one_type():
+    assert len(NATIVE) == sum(len(kind.table.native) for kind in TYPES.values())
+    assert set(NATIVE) <= set(lorakit.list_methods())
 
 
 def test_heads_and_vocabulary_are_pefts():

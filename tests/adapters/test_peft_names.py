@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from lorakit.adapters.peft_names import matches, module_names, parsed, saved_module, selected, targets
+from lorakit.adapters.peft_types import TYPES
 from lorakit.core.errors import CheckpointError
 from tests.adapters.subject import shaken, tiny_model
 
@@ -78,11 +79,13 @@ def test_adapters_are_no_modules():
 
 
 def test_keys():
-    assert parsed("model.q_proj.lora_A.weight", "LORA") == ("model.q_proj", "linear", "A")
-    assert parsed("model.embed.lora_embedding_B", "LORA") == ("model.embed", "embedding", "B")
-    assert parsed("model.q_proj.lora_E", "ADALORA") == ("model.q_proj", "linear", "E")
-    assert parsed("model.q_proj.lora_E", "LORA") is None
-    assert parsed("model.lora_A.weight", "LORA") == ("model", "linear", "A")
+    lora, adalora = (TYPES[name].table.keys for name in ("LORA", "ADALORA"))
+    assert parsed("model.q_proj.lora_A.weight", lora) == ("model.q_proj", ["linear"], "A")
+    assert parsed("model.embed.lora_embedding_B", lora) == ("model.embed", ["embedding"], "B")
+    assert parsed("model.embed.lora_magnitude_vector", lora) == ("model.embed", ["linear", "embedding"], "m")
+    assert parsed("model.q_proj.lora_E", adalora) == ("model.q_proj", ["linear"], "E")
+    assert parsed("model.q_proj.lora_E", lora) is None
+    assert parsed("model.lora_A.weight", lora) == ("model", ["linear"], "A")
 
 
 def test_saved_modules_are_found_as_peft_finds_them():

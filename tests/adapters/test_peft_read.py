@@ -292,7 +292,7 @@ TENSORS = {
     "no module of that name": (lambda t: t.update(pair(f"{Q}x")), "Did you mean"),
     "other kind": (lambda t: t.update(pair(f"{PREFIX}.norm")), "lacks"),
     "a part of a fused weight": (lambda t: t.update(pair(f"{Q}[q]")), "lacks"),
-    "of no meaning": (lambda t: t.update({f"{Q}.extra": torch.ones(1)}), "neither a low-rank factor"),
+    "of no meaning": (lambda t: t.update({f"{Q}.extra": torch.ones(1)}), "neither one of peft_type LORA"),
     "of no prefix": (lambda t: t.update({"q_proj.lora_A.weight": torch.ones(1)}), "does not start with"),
     "misshaped": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 31)}), r"q_proj.A has shape \(4, 31\).*needs \(4, 32\)"),
     "not a pair": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 32)}), "do not fit each other"),

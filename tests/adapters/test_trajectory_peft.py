@@ -20,6 +20,7 @@ from lorakit.core.events import Step
 from lorakit.core.lowrank import LowRankSpec
 from lorakit.core.method import Method
 from tests.adapters.subject import quiet, tiny_model
+from tests.laws.steps import idle
 
 STEPS = 50
 TOLERANCE = 1e-9
@@ -73,7 +74,7 @@ def base(arch: str) -> nn.Module:
 def train_ours(adapted: Adapted, method: Method, *, late: int = 0) -> list[float]:
     """`late` shifts the step that controllers are told: a mutant."""
     optimizer = torch.optim.AdamW([p.tensor for p in adapted.params()], lr=1e-2, weight_decay=0.01)
-    controllers = [spec.build(adapted, STEPS) for spec in method.controllers]
+    controllers = [spec.build(idle(adapted, STEPS)) for spec in method.controllers]
     losses = []
     for i, ids in enumerate(batches()):
         loss = adapted.model(input_ids=ids, labels=ids).loss

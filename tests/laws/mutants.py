@@ -28,6 +28,7 @@ from lorakit.methods.rank_allocation import adalora
 from lorakit.ops import reference
 from lorakit.parts.inits.random import Kaiming
 from tests.laws import (
+    subject,
     test_l0_detach,
     test_l1_start,
     test_l2_l3_weight,
@@ -342,7 +343,9 @@ def _(m: pytest.MonkeyPatch) -> None:
 @mutant("L10", "trainables take the base's precision", "lora", functools.partial(test_l10_bases.check_L10, label="linear bf16"))
 def _(m: pytest.MonkeyPatch) -> None:
     build = LowRankSpec.build
-    m.setattr(LowRankSpec, "build", lambda self, site, *, dtype, device: build(self, site, dtype=torch.bfloat16, device=device))
+    m.setattr(
+        LowRankSpec, "build", lambda self, site, *, pool, dtype, device: build(self, site, pool=pool, dtype=torch.bfloat16, device=device)
+    )
 
 
 @mutant("L11", "masks from a generator", "lora", test_l11_compile.check_L11)
@@ -387,7 +390,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 def _(m: pytest.MonkeyPatch) -> None:
     one: dict[int, torch.Generator] = {}
     after(m, attach_module, "attach", lambda adapted, *_, **__: (one.clear(), adapted)[1])
-    m.setattr(test_l12_l13_replay, "attach", attach_module.attach)
+    m.setattr(subject, "attach", attach_module.attach)
     original = random.generator
     m.setattr(random, "generator", lambda seed, name: one.setdefault(seed, original(seed, "")))
 

@@ -1,19 +1,40 @@
 """A reference training loop: one optimizer step as core/events.py orders it, with exact state. Laws and acceptance tests step with it."""
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit import Adapted
-from lorakit.core.events import Controller, Step
+from lorakit.core.calibrate import Calibration
+from lorakit.core.events import Controller, Scored, Step
 from lorakit.parts.optimizers.adamw import AdamW
-from tests.laws.subject import batch, loss_of
+from tests.laws.subject import batch, calibration, loss_of
+
+
+def idle(adapted: Adapted, total: int) -> Any:
+    """Just enough of a run to build a controller of."""
+    return SimpleNamespace(adapted=adapted, total=total, optimizer=torch.optim.SGD([p.tensor for p in adapted.params()], lr=1e-2))
+
+
+class Stream(Iterator[list[dict[str, Any]]]):
+    """Micro-batches by their number; two streams of one run share none."""
+
+    def __init__(self, data: Callable[[int], Tensor], offset: int) -> None:
+        self.data, self.offset, self.position = data, offset, 0
+
+    def __next__(self) -> list[dict[str, Any]]:
+        self.position += 1
+        return [{"input_ids": self.data(self.position - 1 + self.offset)}]
 
 
 class Run:
-    """`total` steps of the active method. `data(i)`: step i's batch; `loss(model, batch)`; `reduce(grads)`: what processes do together."""
+    """`total` steps of the active method. `data(i)`: step i's batch; `loss(model, batch)`: its mean loss; `reduce(grads)`: what processes
+    do together. It is a `core.events.Run` for the controllers and the loop."""
 
     def __init__(
         self,
@@ -28,34 +49,87 @@ class Run:
     ) -> None:
         (name,) = adapted.active
         self.adapted, self.method, self.total, self.clip = adapted, adapted.methods[name], total, clip
-        self.data, self.loss, self.reduce, self.index = data, loss, reduce, 0
-        self.optimizer: torch.optim.Optimizer = (self.method.optim or AdamW()).build(adapted.params(), lr=lr)
-        self.controllers: list[Controller] = [spec.build(adapted, total) for spec in self.method.controllers]
+        self.data, self.loss_of, self.reduce, self.index, self.lr = data, loss, reduce, 0, lr
+        self.streams: list[Stream] = []
+        self._make_optimizer()
+        self.controllers: list[Controller] = [spec.build(self) for spec in self.method.controllers]
+        self.loop = self.method.loop.build(self)
         for c in self.controllers:
             c.start()
 
+    def _make_optimizer(self) -> None:
+        self.optimizer: torch.optim.Optimizer = (self.method.optim or AdamW()).build(self.adapted.params(), lr=self.lr)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
     def step(self) -> Tensor:
         """One optimizer step; the loss without penalties."""
-        model: nn.Module = self.adapted.model.train()
-        tensors = [p.tensor for p in self.adapted.params()]
+        self.adapted.model.train()
+        info = Step(self.index, self.total)
         for c in self.controllers:
-            c.before_forward(Step(self.index, self.total))
-        with self.adapted.given(step=self.index):
-            loss = self.loss(model, self.data(self.index))
+            c.before_forward(info)
+        nats, n = self.loop.step(info)
+        self.index += 1
+        return torch.tensor(nats / n, dtype=torch.float64)
+
+    def stream(self, lo: float = 0.0, hi: float = 1.0) -> Stream:
+        self.streams.append(Stream(self.data, 1000 * len(self.streams)))
+        return self.streams[-1]
+
+    def gradients(self, batches: list[dict[str, Any]], info: Step) -> tuple[float, int]:
+        (batch,) = batches
+        with self.adapted.given(step=info.index):
+            loss, shown = self._loss(batch, info)
             penalties = [penalty(self.adapted, self.adapted.context) for penalty in self.method.penalties]
-            sum(penalties, loss).backward()
+            whole = sum(penalties, loss)
+            if whole.requires_grad:  # a method may leave out the whole backward pass of a step
+                whole.backward()
+        return shown, 1
+
+    def _loss(self, batch: dict[str, Any], info: Step) -> tuple[Tensor, float]:
+        """(training loss, plain loss)."""
+        model, ids = self.adapted.model, batch["input_ids"]
+        if self.method.objective is None:
+            loss = self.loss_of(model, ids)
+            return loss, loss.item()
+        done: list[Scored] = []
+
+        def score(k: int) -> Scored:
+            with self.adapted.given(step=info.index, seed=k << 32):
+                out = model(input_ids=ids, labels=ids)
+            kept = torch.ones_like(ids, dtype=torch.bool)
+            kept[:, -1] = False
+            n = int(kept.sum())
+            done.append(Scored(out.loss * n, n, out.logits, kept))
+            return done[-1]
+
+        loss, n = self.method.objective(score, self.adapted)
+        return loss / n, done[0].loss.item() / done[0].n
+
+    @torch.no_grad()
+    def loss(self, batches: list[dict[str, Any]], info: Step) -> tuple[float, int]:
+        (batch,) = batches
+        with self.adapted.given(step=info.index):
+            return self._loss(batch, info)[1], 1
+
+    def update(self, info: Step) -> None:
+        tensors = [p.tensor for p in self.adapted.params()]
         if self.reduce is not None:
             self.reduce([t.grad for t in tensors if t.grad is not None])
         for c in self.controllers:
-            c.after_backward(Step(self.index, self.total))
+            c.after_backward(info)
         norm = torch.nn.utils.clip_grad_norm_(tensors, self.clip)
         factor = min(1.0, self.clip / (norm.item() + 1e-6))
+        rate = math.prod(c.rate(info) for c in self.controllers)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
         self.optimizer.step()
         for c in self.controllers:
-            c.after_step(Step(self.index, self.total, factor))
+            c.after_step(Step(info.index, info.total, factor))
         self.optimizer.zero_grad()
-        self.index += 1
-        return loss.detach()
+
+    def calibration(self, batches: int) -> Calibration:
+        return calibration(batches or 8)
 
     def steps(self, n: int) -> "Run":
         for _ in range(n):
@@ -73,15 +147,21 @@ class Run:
         (name,) = self.adapted.active
         buffer = io.BytesIO()
         parts = {"adapter": dict(self.adapted.state(name).tensors), "optimizer": self.optimizer.state_dict(), "index": self.index}
+        parts |= {"streams": [s.position for s in self.streams], "loop": self.loop.state_dict()}
         torch.save(parts | {"controllers": [c.state_dict() for c in self.controllers]}, buffer)
         return buffer.getvalue()
 
     def restore(self, state: bytes) -> "Run":
         (name,) = self.adapted.active
         parts = torch.load(io.BytesIO(state), weights_only=True)
+        self.adapted.fit(name, parts["adapter"])
         self.adapted.load_tensors(name, parts["adapter"])
+        self._make_optimizer()
         self.optimizer.load_state_dict(parts["optimizer"])
         for c, saved in zip(self.controllers, parts["controllers"], strict=True):
             c.load_state_dict(saved)
+        self.loop.load_state_dict(parts["loop"])
+        for stream, position in zip(self.streams, parts["streams"], strict=True):
+            stream.position = position
         self.index = parts["index"]
         return self

@@ -6,17 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit import Adapted, Method, attach, describe, get_method
+from lorakit import Adapted, Method, NotMergeable, attach, describe, get_method
 from lorakit.core import random
+from lorakit.core.base import expand
+from lorakit.core.calibrate import Calibration
 from lorakit.data.tiny import tiny_model
+from lorakit.parts.bases.quantize import quantize
 
-SMALL: dict[str, Any] = {"r": 4, "target_r": 3}
+SMALL: dict[str, Any] = {"r": 4, "period": 2, "warmup": 1, "target_r": 3, "p_target": 0.3, "tokens": 3, "n_frequency": 6, "factor_in": 16, "rho": 1.0}  # rho 1: EVA's ranks follow from no data
 
 
 def small(name: str, **more: Any) -> Method:
-    """The method at rank 4. Of `more`, what it has no parameter for is left out."""
+    """The method at rank 4. Of `more`, what it has no parameter for is left out; nothing to unfreeze means the method's own default."""
     known = describe(name).parameters
-    return get_method(name, **{k: v for k, v in (SMALL | more).items() if k in known})
+    return get_method(name, **{k: v for k, v in (SMALL | more).items() if k in known and (k, v) != ("unfreeze", ())})
+
+
+def provides(method: Method) -> frozenset[str]:
+    """What its deltas provide; nothing for a method that has none."""
+    return frozenset() if method.delta is None else method.delta.provides
 
 
 def has_dropout(name: str) -> bool:
@@ -38,7 +46,7 @@ def subject(
     **kwargs: Any,
 ) -> Adapted:
     """A fresh tiny model with the method attached, away from its start when `awake`."""
-    adapted = attach(base(arch, dtype, **(model or {})), small(name, **kwargs))
+    adapted = attached(base(arch, dtype, **(model or {})), small(name, **kwargs))
     return awaken(adapted) if awake else adapted
 
 
@@ -54,6 +62,26 @@ def awaken(adapted: Adapted, *, seed: int = 1, size: float = 0.1) -> Adapted:
 def batch(seed: int = 0, *, rows: int = 2, length: int = 7) -> Tensor:
     """Token ids [rows, length]."""
     return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def attached(model: nn.Module, method: Method, **kwargs: Any) -> Adapted:
+    """`attach` with batches for the methods that start from data."""
+    return attach(model, method, calibration=calibration(4), **kwargs)
+
+
+def stored(model: nn.Module, method: Method) -> nn.Module:
+    """The model that a method changes: where it says how the base is stored, in that storage."""
+    return model if method.base is None else quantize(model, method.base)
+
+
+def dense(model: nn.Module, method: Method) -> nn.Module:
+    """The same with plain weights: what the stored ones stand for."""
+    return expand(stored(model, method))
+
+
+def calibration(batches: int) -> Calibration:
+    """Batches of the same ids as training sees, with labels."""
+    return Calibration([{"input_ids": batch(i), "labels": batch(i)} for i in range(batches)])
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -77,6 +105,16 @@ def refusal(error: type[Exception], call: Callable[[], object]) -> str:
     except error as refused:
         return str(refused)
     raise AssertionError(f"no {error.__name__} was raised")
+
+
+def refuses_merge(adapted: Adapted) -> bool:
+    """Whether the active method is more than a change of weights, or changes a bias that a host lacks; merging must then be refused for
+    that reason."""
+    why = next((why for name in adapted.active if (why := adapted.methods[name].beyond)), None)
+    lacking = [b.site.name for b in adapted.branches() if b.bias() is not None and b.base.bias is None]
+    why = why or (f"{lacking[0]} has no bias" if lacking else None)
+    assert why is None or why in refusal(NotMergeable, adapted.merge)
+    return why is not None
 
 
 def everything(model: nn.Module) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit import Incompatible, attach, list_methods
-from tests.laws.subject import awaken, batch, loss_of, refusal, same_bits, small, subject
+from lorakit import Incompatible, list_methods
+from tests.laws.subject import attached, awaken, batch, loss_of, refusal, same_bits, small, subject
 
 
 def gradients(name: str, *, checkpointing: bool, given: bool, backwards: int = 1) -> list[Tensor]:
@@ -56,7 +56,7 @@ def check_L14_again(name: str) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     loss_of(model, batch()).backward()
     adapted.detach()
-    second = awaken(attach(model, small(name, dropout=0.25)))
+    second = awaken(attached(model, small(name, dropout=0.25)))
     found = []
     for checkpointing in (True, False):
         if not checkpointing:

@@ -14,12 +14,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit import attach, list_methods
+from lorakit import list_methods
 from lorakit.core.layer import Branch
-from tests.laws.subject import awaken, base, has_dropout, small
+from tests.laws.subject import attached, awaken, base, has_dropout, small
 
 TOKENS = 1009  # prime, so that what is saved a token is told from what is not by its size
-DECLARED: dict[str, Callable[[Branch, bool], int]] = {}
+
+
+def kronecker(branch: Branch, dropout: bool) -> int:
+    """x (or its copy, turned) and the smaller of the two ways to be halfway through w1 X w2ᵀ."""
+    (a1, a2), (b1, b2) = branch.delta.w1.shape, branch.delta.w2.shape
+    return branch.site.d_in * (1 + dropout) + min(a1 * b2, a2 * b1)
+
+
+def module(branch: Branch, dropout: bool) -> int:
+    """What the module reads, and r wide: before f, after it, scaled."""
+    return branch.delta.width * (1 + dropout) + 3 * branch.delta.r
+
+
+def hypercomplex(branch: Branch, dropout: bool) -> int:
+    """A module's, and in each of both products n² ρ before the rule and after it."""
+    n, _, rho = branch.delta.AS.shape
+    return module(branch, dropout) + 4 * n * n * rho
+
+
+DECLARED: dict[str, Callable[[Branch, bool], int]] = {
+    "fourierft": lambda branch, dropout: branch.site.d_in,  # and never ΔW
+    "krona": kronecker,
+    **dict.fromkeys(("adapter_houlsby", "adapter_pfeiffer", "mam_parallel"), module),
+    "compacter": hypercomplex,
+}
 
 
 def allowed(name: str, branch: Branch, dropout: bool) -> int:
@@ -49,13 +73,14 @@ def saved(module: nn.Module, x: Tensor) -> tuple[float, int]:
 def check_L15(name: str) -> None:
     for dropout in (False, True) if has_dropout(name) else (False,):
         model = base("llama", hidden_size=64, intermediate_size=160)
-        adapted = awaken(attach(model, small(name, sites=["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"], dropout=0.25 * dropout)))
+        adapted = awaken(attached(model, small(name, sites=["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"], dropout=0.25 * dropout)))
         model.train()
         for branch in adapted.branches():
             x = torch.randn(TOKENS, branch.site.d_in, requires_grad=True)
             a_token, once = saved(branch.host.module, x)
             assert a_token <= allowed(name, branch, dropout), (branch.site.name, dropout, a_token)
-            assert once <= 4 * (branch.site.d_in + branch.site.d_out) * branch.delta.bound(), "more than gated or joined factors"
+            rank = branch.delta.bound() if branch.delta.linear else branch.delta.r
+            assert once <= 4 * (branch.site.d_in + branch.site.d_out) * rank, "more than gated or joined factors"
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorakit.core.events import Step
 from lorakit.core.method import list_methods
 from lorakit.train.distributed import world
 from lorakit.train.dry_run import dry_run
@@ -20,7 +21,7 @@ def test_parameter_counts_and_memory_rows_are_those_of_a_real_step(tmp_path: Pat
     preview = dry_run(settings)
     parts = build(settings, world())
     run = Run(parts.adapted, parts.data, settings, world(), out=None, quiet=True)
-    run._gradients(0)
+    run.gradients(next(run.stream()), Step(0, run.total))
     assert preview.table.numel() == run.table.numel() == sum(n for _, _, n in preview.sites)
     run.optimizer.step()
     state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]

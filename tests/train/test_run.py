@@ -11,6 +11,7 @@ import torch
 import lorakit
 from lorakit.adapters.io import load_adapter
 from lorakit.core.errors import BadParameter, CheckpointError, DataError, Incompatible, LorakitError
+from lorakit.core.events import Step
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.config import make_config
 from lorakit.train.distributed import world
@@ -68,7 +69,7 @@ def test_gradients_of_accumulation_equal_to_rounding(tmp_path: Path) -> None:
     for size, accumulate in ((8, 1), (2, 4)):
         parts = build(config(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, packing=False), world())
         run = Run(parts.adapted, parts.data, parts.config, world(), out=None, quiet=True)
-        run._gradients(0)
+        run.gradients(next(run.stream()), Step(0, run.total))
         grads.append(torch.cat([g.flatten() for g in run._grads()]))
     assert torch.allclose(grads[0], grads[1], atol=1e-7, rtol=1e-5)
 

@@ -37,6 +37,13 @@ class SiteReport:
     norm: float
     """Frobenius norm of the update."""
     singular_values: list[float] = field(repr=False)
+    experts: int | None = None
+    """How many updates of this shape are stacked; norm and singular values are those of all of them together."""
+
+    @property
+    def shape(self) -> str:
+        """For people."""
+        return "×".join(str(d) for d in (self.experts, self.d_out, self.d_in) if d is not None)
 
     @property
     def effective_rank(self) -> float:
@@ -80,7 +87,7 @@ class Report:
             table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
         for s in self.sites:
             figures = (f"{s.effective_rank:.1f}", f"{s.norm:.3g}", f"{max(s.singular_values, default=0.0):.3g}")
-            table.add_row(Text(s.name), f"{s.d_out}×{s.d_in}", str(s.rank), *figures)  # Text: the brackets of c_attn[q] are no markup
+            table.add_row(Text(s.name), s.shape, str(s.rank), *figures)  # Text: the brackets of c_attn[q] are no markup
         for name, shape in self.unfrozen.items():
             table.add_row(Text(name), "×".join(map(str, shape)), "whole", "", "", "")
         return table
@@ -102,17 +109,18 @@ def inspect_adapter(adapter: Adapter, *, folder: str | Path | None = None) -> Re
 
 
 def singular_values(f: Factors) -> Tensor:
-    """σ of s·B·A, largest first: [min(r, d_in, d_out)]."""
-    left, right = torch.linalg.qr(f.B.double()).R, torch.linalg.qr(f.A.T.double()).R
-    values: Tensor = torch.linalg.svdvals(left @ right.T)
-    return abs(f.s) * values
+    """σ of s·B·A, largest first: [min(r, d_in, d_out)]; of a stack those of every expert, E times as many."""
+    left, right = torch.linalg.qr(f.B.double()).R, torch.linalg.qr(f.A.mT.double()).R
+    values: Tensor = torch.linalg.svdvals(left @ right.mT)
+    return abs(f.s) * values.flatten().sort(descending=True).values
 
 
 def _site(site: Site, delta: Delta) -> SiteReport:
     f = delta.factors()
     values = singular_values(f) if f is not None else torch.linalg.svdvals(delta.weight().double())
-    rank = f.A.shape[0] if f is not None else delta.bound()
-    return SiteReport(site.name, site.role, site.layer, site.d_out, site.d_in, rank, values.norm().item(), values.tolist())
+    rank = f.A.shape[-2] if f is not None else delta.bound()
+    sizes = (site.d_out, site.d_in, rank, values.norm().item(), values.tolist(), site.experts)
+    return SiteReport(site.name, site.role, site.layer, *sizes)
 
 
 def _by_layer(sites: list[SiteReport]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """lorakit's own format, and the one door for loading either format.
 
-    adapter.safetensors   every tensor under its own name, "<site>.<tensor>" or "unfrozen.<parameter>"; metadata {"format": "pt"}
+    adapter.safetensors   every tensor under its name, as in core/adapter.py; metadata {"format": "pt"}
     adapter.json          format version, recipe, sites, meta (see record.py)
 
 Saving, loading and saving again gives the same bytes. A folder is replaced as a whole (see folder.py). Nothing here touches the network.
@@ -15,9 +15,10 @@ from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG
 from lorakit.adapters.record import read_bounded, read_record, recipe_in, record_of, to_json
 from lorakit.adapters.weights import PICKLES, pack, refusal, unpack
-from lorakit.core.adapter import UNFROZEN, Adapter
+from lorakit.core.adapter import POOL, UNFROZEN, Adapter
 from lorakit.core.combine import AddSpec
 from lorakit.core.errors import AdapterMismatch, CheckpointError, did_you_mean
+from lorakit.core.site import ROOT
 
 RECORD = "adapter.json"
 WEIGHTS = "adapter.safetensors"
@@ -52,12 +53,15 @@ def check(adapter: Adapter) -> Adapter:
     """
     method = adapter.method()
     expected: dict[str, torch.Size] = {}
+    pool, deltas = adapter.build("meta")
+    if pool is not None:
+        expected |= {f"{ROOT}.{POOL}.{k}": v.shape for k, v in pool.state_dict().items()}
     for site in adapter.sites:
-        delta = method.delta.build(site, dtype=torch.float32, device=torch.device("meta")) if method.delta else nn.Identity()
-        expected |= {f"{site.name}.{k}": v.shape for k, v in delta.state_dict().items()}
+        expected |= {f"{site.name}.{k}": v.shape for k, v in deltas[site.name].state_dict().items()}
         if not isinstance(method.combine, AddSpec):
             expected |= {f"{site.name}.{k}": v.shape for k, v in adapter.of(site).items() if f"{site.name}.{k}" not in expected}
-    expected |= {k: v.shape for k, v in adapter.tensors.items() if k.startswith(UNFROZEN)}
+    elsewhere = (UNFROZEN, *(f"{ROOT}.{patch.name}." for patch in method.patches))
+    expected |= {k: v.shape for k, v in adapter.tensors.items() if k.startswith(elsewhere)}
     adapter.check(expected, f"its own recipe {adapter.recipe.name!r}")
     for name in expected:
         if not adapter.tensors[name].is_floating_point():

@@ -38,6 +38,12 @@ class Pair:
         """The rank of the pair."""
         return int(self.A.shape[0])
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        named = {"A": self.A, "B": self.B, "E": self.E, "m": self.m}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
 
 def change(adapter: Adapter, site: Site, delta: Delta, model: nn.Module | None) -> Tensor:
     """A site's change of the weight, d_out × d_in; a method that rescales W needs the model for it."""

@@ -1,10 +1,8 @@
 """Names in PEFT's folders: the keys of tensors, and the lists that say which modules are adapted.
 
-    base_model.model.<module>.lora_A.weight [r, in] · lora_B.weight [out, r] · lora_magnitude_vector [out]
-    base_model.model.<embedding>.lora_embedding_A [r, vocabulary] · lora_embedding_B [dim, r]
-    <module>.lora_A [r, in] · lora_B [out, r] · lora_E [r, 1]
-
-The last line is AdaLoRA's. DoRA's magnitude and what belongs to an embedding have no ".weight" either.
+base_model.model.<module>.<end>          one module's tensor; the ends are in each type's table
+base_model.<name>                        what the modules share
+base_model.model.<parameter>             trained as a whole
 """
 
 import re
@@ -13,18 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.site import Kind
+from lorakit.core.site import Kind, ours
 
 PREFIX = "base_model.model."
-LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
-EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
-TRIPLET = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
-KEYS: dict[tuple[str, Kind], dict[str, str]] = {
-    ("LORA", "linear"): LINEAR,
-    ("LORA", "embedding"): EMBEDDING,
-    ("ADALORA", "linear"): TRIPLET,
-}
-"""Short tensor name -> end of the key, by peft_type and kind of module."""
+SHARED = "base_model."
+
+Keys = Mapping[Kind, Mapping[str, str]]
+"""Short tensor name -> end of the key, by kind of module: a type's table."""
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Modules that PEFT expects to be saved whole under a task type, where the model has them."""
@@ -34,23 +27,22 @@ CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Last names of Transformers' Conv1D modules; where one of them is a Linear, PEFT corrects itself."""
 
 
-def key_of(module: str, name: str, peft_type: str, kind: Kind) -> str:
+def key_of(module: str, name: str, keys: Keys, kind: Kind) -> str:
     """The key of one tensor of one module."""
-    return f"{PREFIX}{module}.{KEYS[peft_type, kind][name]}"
+    return f"{PREFIX}{module}.{keys[kind][name]}"
 
 
-def parsed(key: str, peft_type: str) -> tuple[str, Kind, str] | None:
-    """(module, kind, short tensor name) of a key, or None when it is no tensor of a pair. The magnitude m does not tell the kind."""
-    for (kind_type, kind), names in KEYS.items():
-        for name, end in names.items():
-            if kind_type == peft_type and key.endswith("." + end):
-                return key[: -len(end) - 1], kind, name
+def parsed(key: str, keys: Keys) -> tuple[str, list[Kind], str] | None:
+    """(module, kinds of module that have this tensor, its short name) of a key, or None when it is no module's."""
+    for name, end in {pair: None for names in keys.values() for pair in names.items()}:
+        if key.endswith("." + end):
+            return key[: -len(end) - 1], [kind for kind, names in keys.items() if names.get(name) == end], name
     return None
 
 
 def module_names(model: nn.Module) -> list[str]:
     """Every module's path, adapters left out."""
-    return [name for name, _ in model.named_modules() if name and ".lora." not in f".{name}."]
+    return [name for name, _ in model.named_modules() if name and not ours(name)]
 
 
 def suffixes(name: str) -> list[str]:

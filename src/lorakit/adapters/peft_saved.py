@@ -19,12 +19,11 @@ class Saved:
     modules: list[str]
     biases: dict[str, str]
 
-    @property
-    def bias(self) -> str:
-        """The field that tells PEFT which biases there are."""
+    def bias(self, own: str) -> str:
+        """The field that tells PEFT which biases there are; `own`: the type's word for those of adapted modules alone."""
         if not self.biases:
             return "none"
-        return "lora_only" if all(key.endswith(".base_layer.bias") for key in self.biases.values()) else "all"
+        return own if all(key.endswith(".base_layer.bias") for key in self.biases.values()) else "all"
 
 
 def saved_of(adapter: Adapter, adapted: Collection[str], model: nn.Module | None) -> Saved:
@@ -44,7 +43,8 @@ def saved_of(adapter: Adapter, adapted: Collection[str], model: nn.Module | None
 def _home(parameter: str, adapter: Adapter, parameters: Mapping[str, Tensor], model: nn.Module | None) -> str | None:
     """The module that was unfrozen whole and holds the parameter: the highest that a pattern of the recipe names."""
     prefixes = [parameter[:i] for i, c in enumerate(parameter) if c == "."]
-    named = [p for p in prefixes for entry in adapter.method().unfreeze if matches_entry(entry, p) or fnmatch.fnmatchcase(p, entry)]
+    patterns = [entry for entry in adapter.method().unfreeze if isinstance(entry, str)]
+    named = [p for p in prefixes for entry in patterns if matches_entry(entry, p) or fnmatch.fnmatchcase(p, entry)]
     if named or not prefixes:
         return named[0] if named else None
     whole = model is not None and all(f"{prefixes[-1]}.{k}" in parameters for k in model.get_submodule(prefixes[-1]).state_dict())

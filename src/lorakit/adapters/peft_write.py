@@ -5,7 +5,7 @@ the network.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.folder import locate, write_files
-from lorakit.adapters.peft_config import CONFIG, DEFAULTS, DETERMINED, HARMLESS, check_config
+from lorakit.adapters.peft_config import CONFIG, check_config
+from lorakit.adapters.peft_fields import DETERMINED
 from lorakit.adapters.peft_files import SIDE, WEIGHTS, digests
-from lorakit.adapters.peft_form import Form, form_of
-from lorakit.adapters.peft_names import CONV1D, PREFIX, VOCABULARY, key_of, selected, targets
-from lorakit.adapters.peft_rank import config_of, expressed, number, rank_in, trimmed
+from lorakit.adapters.peft_form import form_of
+from lorakit.adapters.peft_names import CONV1D, PREFIX, SHARED, VOCABULARY, key_of, selected, targets
+from lorakit.adapters.peft_rank import number
 from lorakit.adapters.peft_saved import Saved, check_head, listed, saved_of
+from lorakit.adapters.peft_type import Form, Table, argument
+from lorakit.adapters.peft_types import TYPES
 from lorakit.adapters.record import record_of, to_json
 from lorakit.adapters.weights import floats, pack
 from lorakit.core.adapter import Adapter
 from lorakit.core.base import Transposed, base_of
 from lorakit.core.errors import AdapterMismatch, CheckpointError, NotExportable, did_you_mean
-from lorakit.core.lowrank import LowRankSpec
+from lorakit.core.method import describe
 from lorakit.core.site import sites_of
 
 
@@ -68,7 +71,7 @@ def to_peft(
         raise CheckpointError(f"{folder} holds an adapter in lorakit's format; write PEFT's to another folder")
     _fits(adapter, model)
     form = form_of(adapter, native=native, svd_rank=svd_rank, model=model)
-    saved = saved_of(adapter, form.pairs, model)
+    saved = saved_of(adapter, form.modules, model)
     named = {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
     config = _config(adapter, form, saved, named, model)
     check_head(config["task_type"], saved)
@@ -88,71 +91,61 @@ def _fits(adapter: Adapter, model: nn.Module | None) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------------- the tensors
-def _tensors(adapter: Adapter, form: Form, saved: Saved) -> dict[str, Tensor]:
-    pairs = {
-        key_of(module, name, form.peft_type, pair.kind): tensor
-        for module, pair in form.pairs.items()
-        for name in ("A", "B", "E", "m")
-        if (tensor := getattr(pair, name)) is not None
-    }
-    return pairs | {saved.biases.get(name, PREFIX + name): tensor for name, tensor in adapter.unfrozen().items()}
+def _tensors(adapter: Adapter, form: Form[Any], saved: Saved) -> dict[str, Tensor]:
+    table = TYPES[form.peft_type].table
+    modules = {
+        key_of(module, name, table.keys, held.kind): tensor
+        for module, held in form.modules.items()
+        for name, tensor in held.tensors.items()
+    }  # fmt: skip
+    shared = {SHARED + table.shared[name]: tensor for name, tensor in form.shared.items()}
+    return modules | shared | {saved.biases.get(name, PREFIX + name): tensor for name, tensor in adapter.unfrozen().items()}
 
 
-def _base_weights(form: Form, model: nn.Module | None) -> dict[str, Tensor]:
+def _base_weights(form: Form[Any], model: nn.Module | None) -> dict[str, Tensor]:
     if model is None:
         raise NotExportable("save_embedding_layers needs the base: give the model")
-    modules = [name for name in form.pairs if name.split(".")[-1] in VOCABULARY]
+    modules = [name for name in form.modules if name.split(".")[-1] in VOCABULARY]
     return {f"{PREFIX}{name}.base_layer.weight": model.get_submodule(name).weight.detach() for name in modules}  # type: ignore[operator]
 
 
 # -------------------------------------------------------------------------------------------------------------- the configuration
-def _config(adapter: Adapter, form: Form, saved: Saved, named: Mapping[str, str], model: nn.Module | None) -> dict[str, Any]:
+def _config(adapter: Adapter, form: Form[Any], saved: Saved, named: Mapping[str, str], model: nn.Module | None) -> dict[str, Any]:
     """The defaults; over them what the PEFT folder said that the adapter came from; over that what the adapter itself says."""
-    carried = _carried(adapter, form.peft_type)
-    config = {**DEFAULTS[form.peft_type], **carried, **named}
-    config["init_lora_weights"] = config["init_lora_weights"] if config["init_lora_weights"] in HARMLESS else True
+    kind = TYPES[form.peft_type]
+    carried = _carried(adapter, kind.table)
+    config = {**kind.table.config, **carried, **named}
     config["modules_to_save"] = listed(saved, config["modules_to_save"], model)
-    config |= {"bias": saved.bias, "lora_dropout": _dropout(adapter), "fan_in_fan_out": any(_is_conv1d(name, model) for name in form.pairs)}
+    config |= {name: value for name, value in _determined(adapter, form, saved, kind.table, model).items() if name in config}
     config |= {name: number(value) if isinstance(value, float) else value for name, value in form.fields.items()}
-    config |= SAID[form.peft_type](form, carried)
-    if not selected(config, form.pairs, model):
-        config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        config["target_modules"] = targets(form.pairs, model)
+    config |= kind.said(form, carried)
+    if not selected(config, form.modules, model):
+        config |= {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in config}
+        config["target_modules"] = targets(form.modules, model)
     if config["task_type"] is None and config["auto_mapping"] is None and model is not None:
-        kind = model.__class__
-        config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        base = model.__class__
+        config["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     return config
 
 
-def _carried(adapter: Adapter, peft_type: str) -> dict[str, Any]:
+def _determined(adapter: Adapter, form: Form[Any], saved: Saved, table: Table, model: nn.Module | None) -> dict[str, Any]:
+    if saved.biases and table.bias is None:
+        raise NotExportable(f"PEFT's {table.name} has no place for the biases that this adapter trained; write plain LoRA (--plain)")
+    fields = {"bias": saved.bias(table.bias or "none"), "fan_in_fan_out": any(_is_conv1d(name, model) for name in form.modules)}
+    return fields if table.dropout is None else {**fields, table.dropout: _dropout(adapter)}
+
+
+def _carried(adapter: Adapter, table: Table) -> dict[str, Any]:
     """Fields of the configuration that the adapter was once read from."""
     before = adapter.meta.get("peft")
-    if not isinstance(before, dict) or before.get("peft_type") != peft_type:
+    if not isinstance(before, dict) or before.get("peft_type") != table.name:
         return {}
     known = check_config(before, Path("the adapter's meta"))
-    return {name: known[name] for name in set(known) & set(DEFAULTS[peft_type]) - DETERMINED}
-
-
-def _ranks(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
-    preferred = ([rank_in(carried)] if carried else []) + ([trimmed(form.rank, form.pairs)] if form.rank is not None else [])
-    return config_of(expressed({name: (pair.r, pair.s) for name, pair in form.pairs.items()}, *preferred))
-
-
-def _schedule(form: Form, carried: Mapping[str, Any]) -> dict[str, Any]:
-    """A finished adapter has no schedule left, but PEFT refuses to load one without a number of steps that fits it."""
-    init_r, target_r = form.fields["init_r"], form.fields["target_r"]
-    steps = max(carried.get("total_step") or 0, form.fields["tinit"] + form.fields["tfinal"] + 1)
-    said = carried.get("target_r", target_r)  # PEFT lets it exceed the initial rank
-    return {"total_step": steps, "target_r": said if min(said, init_r) == target_r else target_r}
-
-
-SAID: dict[str, Callable[[Form, Mapping[str, Any]], dict[str, Any]]] = {"LORA": _ranks, "ADALORA": _schedule}
-"""What a form says in the fields of its type, as far as possible in the words that its configuration once used."""
+    return {name: known[name] for name in set(known) & set(table.config) - DETERMINED}
 
 
 def _dropout(adapter: Adapter) -> float:
-    spec = adapter.method().delta
-    return spec.dropout if isinstance(spec, LowRankSpec) else 0.0
+    return float(argument(adapter, "dropout")) if "dropout" in describe(adapter.recipe.name).parameters else 0.0
 
 
 def _is_conv1d(name: str, model: nn.Module | None) -> bool:

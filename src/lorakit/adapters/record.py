@@ -22,6 +22,7 @@ SIZE_LIMIT = 64 * 2**20
 """Bytes of a JSON file."""
 SIDE_LIMIT = 2**31
 """Rows or columns of one weight."""
+EXPERTS_LIMIT = 2**16
 
 Side = Field(ge=1, le=SIDE_LIMIT)
 
@@ -34,23 +35,27 @@ class SiteRecord(_Strict):
     """One site."""
 
     name: str
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "experts"]
     d_in: int = Side
     d_out: int = Side
     layer: int | None
     role: str
     rows: list[list[int]] | None
+    experts: int | None = Field(default=None, ge=1, le=EXPERTS_LIMIT)
+    """Only there where kind is "experts"."""
 
     def site(self) -> Site:
         """The site; its rows are [start, stop] pairs here."""
         rows = None if self.rows is None else tuple(range(start, stop) for start, stop in self.rows)
-        return Site(self.name, self.kind, self.d_in, self.d_out, self.layer, self.role, rows)
+        return Site(self.name, self.kind, self.d_in, self.d_out, self.layer, self.role, rows, self.experts)
 
     @pydantic.model_validator(mode="after")
     def _rows_fit(self) -> "SiteRecord":
         pairs = self.rows if self.rows is not None else [[0, self.d_out]]
         if not all(len(p) == 2 and 0 <= p[0] < p[1] for p in pairs) or sum(p[1] - p[0] for p in pairs) != self.d_out:
             raise ValueError(f"the rows of {self.name!r} are not [start, stop] pairs of {self.d_out} rows together")
+        if (self.kind == "experts") != (self.experts is not None):
+            raise ValueError(f"{self.name!r} is of kind {self.kind!r} with experts={self.experts}; stacked weights have a number, others none")
         return self
 
 
@@ -96,7 +101,7 @@ def to_json(value: dict[str, Any]) -> bytes:
 def record_of(adapter: Adapter) -> dict[str, Any]:
     """The record of an adapter."""
     sites = [
-        {**{f: getattr(s, f) for f in ("name", "kind", "d_in", "d_out", "layer", "role")}, "rows": _pairs(s)}
+        {**{f: getattr(s, f) for f in ("name", "kind", "d_in", "d_out", "layer", "role")}, "rows": _pairs(s), **_stack(s)}
         for s in adapter.sites
     ]  # fmt: skip
     recipe = {"name": adapter.recipe.name, "kwargs": {k: _plain(v, adapter) for k, v in adapter.recipe.kwargs.items()}}
@@ -105,6 +110,10 @@ def record_of(adapter: Adapter) -> dict[str, Any]:
 
 def _pairs(site: Site) -> list[list[int]] | None:
     return None if site.rows is None else [[r.start, r.stop] for r in site.rows]
+
+
+def _stack(site: Site) -> dict[str, int]:
+    return {} if site.experts is None else {"experts": site.experts}
 
 
 def _plain(value: Any, adapter: Adapter) -> Any:

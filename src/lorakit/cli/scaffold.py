@@ -35,6 +35,7 @@ HEADINGS = {
     "experts": Heading("4.3", "mixture of LoRA experts"),
     "reduction": Heading("5.1", "parameter reduction"),
     "sharing": Heading("5.1.3", "parameter sharing"),
+    "baselines": Heading("1", "the LoRA paper's baselines"),
     "quantized": Heading("5.2", "parameter quantization"),
 }
 PLUGIN = """register it in your pyproject.toml, then reinstall your package:

@@ -10,7 +10,7 @@ from rich.table import Table
 from lorakit.cli.flags import parse_flags
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-STRINGS = frozenset({"model", "method", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task"})
+STRINGS = frozenset({"model", "method", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task", "quantize"})
 
 
 def train(

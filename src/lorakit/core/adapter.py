@@ -7,18 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.core import random
 from lorakit.core.combine import AddSpec
 from lorakit.core.delta import Delta, Factors
 from lorakit.core.errors import AdapterMismatch, NotExportable, did_you_mean
 from lorakit.core.method import Method, Recipe, get_method
-from lorakit.core.site import Site
+from lorakit.core.shared import Shared
+from lorakit.core.site import ROOT, Site
 
 UNFROZEN = "unfrozen."
+POOL = "pool"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`tensors` are keyed `<site>.<tensor>` ("model.layers.0.self_attn.q_proj.A"), and `unfrozen.<parameter>` for whole trained parameters.
+    """`tensors` are keyed `<site>.<tensor>` ("model.layers.0.self_attn.q_proj.A"), `unfrozen.<parameter>` for whole trained parameters, and
+    `lora_shared.<child>.<tensor>` for what the sites share.
 
     `meta` holds the base's fingerprint, chat template, data hash and metrics: JSON values only.
     """
@@ -41,24 +45,50 @@ class Adapter:
         """Whole trained parameters, by their path in the model."""
         return {k[len(UNFROZEN) :]: v for k, v in self.tensors.items() if k.startswith(UNFROZEN)}
 
+    def shared(self, child: str) -> dict[str, Tensor]:
+        """The tensors of one shared child ("pool", or a patch's name), by their short names."""
+        prefix = f"{ROOT}.{child}."
+        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def build(self, device: str = "cpu") -> tuple[Shared | None, dict[str, Delta]]:
+        """The pool and each site's delta, with the shapes of this adapter's tensors but not filled."""
+        method, at = self.method(), torch.device(device)
+        if method.delta is None:
+            return None, {}
+        rng = random.generator(0, POOL)
+        pool = method.delta.pool(self.sites, every=self.sites, rng=rng, dtype=torch.float32, device=at)
+        if pool is not None:
+            pool.fit(_shapes(self.shared(POOL)))
+        deltas = {s.name: method.delta.build(s, pool=pool, dtype=torch.float32, device=at) for s in self.sites}
+        for site in self.sites:
+            deltas[site.name].fit(_shapes(self.of(site)))
+        return pool, deltas
+
     def deltas(self) -> dict[str, Delta]:
         """A delta module per site, on the CPU, holding this adapter's tensors."""
-        method = self.method()
-        assert method.delta is not None or not self.sites
-        out: dict[str, Delta] = {}
+        pool, deltas = self.build()
+        if pool is not None:
+            pool.load_state_dict(self.shared(POOL))
+            pool.eval().requires_grad_(False)
         for site in self.sites:
-            tensors = self.of(site)
-            delta = method.delta.build(site, dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[union-attr]
+            delta, tensors = deltas[site.name], self.of(site)
             delta.load_state_dict({k: v for k, v in tensors.items() if k in delta.state_dict()})
-            out[site.name] = delta.eval().requires_grad_(False)
-        return out
+            delta.eval().requires_grad_(False)
+        return deltas
 
-    def factors(self) -> dict[str, Factors]:
-        """(A, B, s) per site. Raises NotExportable with the sites and the reason when the update is not s·B·A."""
+    def factors(self, *, stacks: bool = False) -> dict[str, Factors]:
+        """(A, B, s) per site. Raises NotExportable with the sites and the reason when the update is not s·B·A, and where the factors are
+        stacks, one pair for each expert, unless the caller knows `stacks`."""
         method = self.method()
+        if method.beyond is not None:
+            raise NotExportable(f"{self.recipe.name} is more than a change of weights: {method.beyond}")
         if not isinstance(method.combine, AddSpec):
             names = [s.name for s in self.sites]
-            raise NotExportable(f"{self.recipe.name} rescales W itself at {len(names)} sites ({names[0]}, …): its update is not s·B·A")
+            what = "rescales W itself" if method.combine.full_rank() else "changes more than W"
+            raise NotExportable(f"{self.recipe.name} {what} at {len(names)} sites ({names[0]}, …): its update is not s·B·A")
+        stacked = [site.name for site in self.sites if site.experts is not None]
+        if stacked and not stacks:
+            raise NotExportable(f"{len(stacked)} sites are stacks of experts ({stacked[0]}, …): there is no single s·B·A for one of them")
         found = {name: delta.factors() for name, delta in self.deltas().items()}
         without = [name for name, f in found.items() if f is None]
         if without:
@@ -78,3 +108,7 @@ class Adapter:
                 raise AdapterMismatch(f"tensor {name} has shape {tuple(tensor.shape)}; {what} needs {tuple(shape)}")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise AdapterMismatch(f"tensor {name} holds NaN or infinite values; the adapter is damaged or its training diverged")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -2,8 +2,9 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,39 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import random
-from lorakit.core.adapter import UNFROZEN, Adapter
-from lorakit.core.base import Base, base_of
+from lorakit.core.adapter import POOL, UNFROZEN, Adapter
+from lorakit.core.base import Base, BaseSpec, base_of, expand, hosts
+from lorakit.core.calibrate import Calibration, observe
 from lorakit.core.context import Cell, Ctx
-from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, did_you_mean
+from lorakit.core.delta import Delta
+from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, NotMergeable, did_you_mean
+from lorakit.core.events import Calibrated, Init
 from lorakit.core.fingerprint import Fingerprint, fingerprint
-from lorakit.core.layer import Branch, Slot, adapt, restore
+from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
 from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
-from lorakit.core.site import Site, select, sites_of
+from lorakit.core.shared import Patch, Shared
+from lorakit.core.site import ROOT, Site, select, sites_of
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
 
 
-def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> "Adapted":
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    calibration: Calibration | Iterable[Mapping[str, Any]] | None = None,
+) -> "Adapted":
     """Adapt `model` in place and return the handle.
 
+    `calibration`: batches of training data, for methods whose init must see some (others ignore it).
     Everything but the method's own parameters is frozen; they are fp32 (fp64 on an fp64 base) whatever the base's dtype. The same seed
     gives the same initial tensors on any device. Raises NoSuchSite, BadParameter or Incompatible before anything is changed.
     """
     adapted = Adapted(model, seed=seed)
     try:
-        return adapted.add(name, method)
+        return adapted.add(name, method, calibration=calibration)
     except BaseException:
         adapted.detach()
         raise
@@ -51,6 +64,8 @@ class Adapted:
         self.active: tuple[str, ...] = ()
         self.notes: list[str] = []
         self._merged = False
+        self._stored: list[Callable[[], None]] = []
+        self._installed: list[Patch] = []
         self._required = [(p, p.requires_grad) for p in model.parameters()]
         self._tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
         self._hook = model.register_forward_pre_hook(_Prepare(self.cell))
@@ -61,8 +76,15 @@ class Adapted:
 
     # --- adapters by name -------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, what: Method | Adapter, *, seed: int | None = None) -> "Adapted":
-        """Add a fresh method or a finished adapter under a name, and make it the active one."""
+    def add(
+        self,
+        name: str,
+        what: Method | Adapter,
+        *,
+        seed: int | None = None,
+        calibration: Calibration | Iterable[Mapping[str, Any]] | None = None,
+    ) -> "Adapted":
+        """Add a fresh method or a finished adapter under a name, and make it the active one. `calibration`: as in `attach`."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise BadParameter(f"adapter name {name!r}: use letters, digits, '_' and '-'")
         if name in dir(nn.ModuleDict):
@@ -72,16 +94,27 @@ class Adapted:
         self._not_while_merged("add an adapter")
         before = self.active
         method = what if isinstance(what, Method) else what.method()
+        if method.base is not None:
+            self._store(method.base)
         sites = _sites(self.model, method, what)
+        seed = self.seed if seed is None else seed
         try:
             self.methods[name], self.unfrozen[name] = method, []
+            init = self._init(method, sites, calibration) if isinstance(what, Method) else None
             self.unfrozen[name] = self._unfreeze(method)
             if method.combine.full_rank():
                 _not_both(sites, self.unfrozen[name])
-            slots = self._slots(sites)
+            shared = self._share(name, method, sites, seed)
+            slots = self._slots([s.module for s in sites])
             for site in sites:
-                slot = slots[site.module]
-                slot.branches[_key(name, site)] = _branch(site, slot.base, method, self.seed if seed is None else seed, what)
+                slot = slots[site.whole]
+                saved = what.of(site) if isinstance(what, Adapter) else {}
+                branch = _branch(site, slot.base, method, init, shared.get(POOL), seed, saved)
+                idle = branch.delta.linear and branch.delta.bound() == 0 and branch.bias() is None
+                if saved or not idle:  # an init may leave a site without rank: left out
+                    slot.branches[_key(name, site)] = branch
+            self._slots([path for branch in self.branches(name) for path in branch.delta.reads])
+            self._restore_unused()
             if isinstance(what, Adapter):
                 self._fill(name, what)
         except BaseException:
@@ -132,6 +165,8 @@ class Adapted:
         """Remove everything: the same module objects with the same bits as before attach. Returns the model."""
         self.unmerge()
         self._forget(*self.methods)
+        while self._stored:
+            self._stored.pop()()
         self._hook.remove()
         _leave_context(self.model, self.cell)
         self.model.__dict__.pop("resize_token_embeddings", None)
@@ -154,6 +189,9 @@ class Adapted:
             for part in (branch.delta, branch.combine):
                 roles = part.roles()
                 rows += [Param(f"{branch.site.name}.{a}", part, a, roles[a], branch.site) for a in sorted(part.trains)]
+        for child, module in [pair for name in self.active for pair in self.shared(name).items()]:
+            roles = module.roles()
+            rows += [Param(f"{ROOT}.{child}.{a}", module, a, roles[a], None) for a in sorted(module.trains)]
         for name in self.active:
             rows += [Param(UNFROZEN + u.name, u.module, u.attribute, "full", None) for u in self.unfrozen[name]]
         once = {id(row.tensor): row for row in reversed(rows)}  # tied weights trained together are one parameter
@@ -162,11 +200,23 @@ class Adapted:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Every tensor of one adapter as it is in the model now, keyed as in Adapter."""
         found = {f"{b.site.name}.{k}": v for b in self.branches(name) for k, v in _tensors(b).items()}
+        found |= {f"{ROOT}.{child}.{k}": v for child, module in self.shared(name).items() for k, v in module.state_dict().items()}
         return found | {UNFROZEN + u.name: u.trained.detach() for u in self.unfrozen[name]}
+
+    def shared(self, name: str) -> dict[str, Shared]:
+        """What one adapter's sites share, by child name: the pool, the patches."""
+        roots = self.model._modules.get(ROOT)
+        return dict(roots[name].items()) if roots is not None and name in roots else {}  # type: ignore[index, operator]
+
+    def fit(self, name: str, values: Mapping[str, Tensor]) -> None:
+        """Give an adapter's tensors the shapes of `values`, keyed as in Adapter, where its parts allow it. Raises AdapterMismatch."""
+        parts: list[tuple[str, Delta | Shared]] = [(b.site.name, b.delta) for b in self.branches(name)]
+        for path, part in [*parts, *((f"{ROOT}.{child}", module) for child, module in self.shared(name).items())]:
+            part.fit({k: values[f"{path}.{k}"].shape for k in part.state_dict() if f"{path}.{k}" in values})
 
     @torch.no_grad()
     def load_tensors(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Copy values into an adapter's tensors; every one must be there."""
+        """Copy values into an adapter's tensors; every one must be there, in its shape."""
         for key, tensor in self.tensors(name).items():
             tensor.copy_(values[key])
 
@@ -191,12 +241,22 @@ class Adapted:
         A tied weight is untied first and `config.tie_word_embeddings` set to False, or the other module would change too.
         """
         self._not_while_merged("merge")
+        for name in self.active:
+            if (why := self.methods[name].beyond) is not None:
+                raise NotMergeable(f"{name!r} cannot be merged: {why}; keep the adapter attached")
+        for branch in self.branches():
+            if branch.bias() is not None and branch.base.bias is None:
+                raise NotMergeable(f"{branch.site.name} has no bias to merge the adapter's into; keep the adapter attached")
+            branch.expel()
         tied = _tied_modules(self.model)
         for slot in self._all_slots():
             if slot.active:
                 base = slot.base
                 wide = torch.promote_types(base.dtype, torch.float32)
                 changes = [slot.branches[k].weight().to(wide) for k in slot.active]  # type: ignore[operator]
+                shifts = [b for k in slot.active if (b := slot.branches[k].bias()) is not None]  # type: ignore[operator]
+                if shifts:
+                    base.shift_(functools.reduce(torch.add, shifts))
                 base.assign_(base.dense(wide) + functools.reduce(torch.add, changes))
                 slot.active = ()
                 if id(base.module) in tied:
@@ -225,6 +285,9 @@ class Adapted:
         for entry in [u for name in self.active for u in self.unfrozen[name]]:
             entry.original = nn.Parameter(entry.trained.detach().to(entry.original.dtype), requires_grad=entry.original.requires_grad)
         self._merged = False
+        self._forget(*self.methods)
+        self._stored.clear()
+        expand(self.model)
         return self.detach()
 
     # --- saving -----------------------------------------------------------------------------------------------------------
@@ -244,7 +307,9 @@ class Adapted:
         method = self.methods[name]
         if method.recipe is None:
             raise NotExportable("this method was changed with .but() and has no recipe; register a function for it (lorakit new-method)")
-        meta = {"base": self.fingerprint.as_dict(), **self._meta.get(name, {})}
+        quantized = getattr(self.model, "quantized", None)  # lorakit.quantize left word of it
+        storage = {} if quantized is None else {"quantized": quantized}
+        meta = {"base": self.fingerprint.as_dict(), **storage, **self._meta.get(name, {})}
         copies = {k: v.to("cpu", copy=True).contiguous() for k, v in self.tensors(name).items()}
         return Adapter(method.recipe, tuple(b.site for b in self.branches(name)), copies, meta)
 
@@ -259,16 +324,56 @@ class Adapted:
     def _all_slots(self) -> list[Slot]:
         return [m for m in self.model.modules() if isinstance(m, Slot)]
 
-    def _slots(self, sites: list[Site]) -> dict[str, Slot]:
-        out = {}
-        for path in dict.fromkeys(s.module for s in sites):
+    def _store(self, spec: BaseSpec) -> None:
+        for module in hosts(self.model, spec.sites):
+            if self.methods and getattr(type(module), "storage", None) is None:
+                raise Incompatible(
+                    f"{list(self.methods)} were attached to weights as they are, which {type(spec).__name__} would change under them; "
+                    "quantize the model before the first adapter: lorakit.quantize(model, spec)"
+                )
+            self._stored.append(spec.store(module))
+
+    def _init(self, method: Method, sites: list[Site], calibration: Calibration | Iterable[Mapping[str, Any]] | None) -> Init | None:
+        """The method's init, after it has seen the data it needs."""
+        if not isinstance(method.init, Calibrated):
+            return method.init
+        if calibration is None:
+            raise BadParameter(
+                f"{type(method.init).__name__} starts from data: give attach(model, method, calibration=batches), some "
+                f"{method.init.batches} batches with labels; `lorakit train` takes them from the training data"
+            )
+        self.active = ()
+        self._install()
+        data = calibration if isinstance(calibration, Calibration) else Calibration(list(calibration))
+        return method.init.fit(observe(self.model, sites, method.init.needs, data), sites)
+
+    def _share(self, name: str, method: Method, sites: list[Site], seed: int) -> dict[str, Shared]:
+        """Build the pool and the patches, under the model's root."""
+        host = base_of(self.model.get_submodule(sites[0].module), sites[0].attribute) if sites else next(self.model.parameters())
+        dtype, device = torch.promote_types(host.dtype, torch.float32), host.device
+        made: dict[str, Shared | None] = {}
+        if method.delta is not None:
+            rng = random.generator(seed, POOL)
+            every = [s for s in sites_of(self.model) if s.kind in method.delta.kinds]
+            made[POOL] = method.delta.pool(sites, every=every, rng=rng, dtype=dtype, device=device)
+        for patch in method.patches:
+            rng = random.generator(seed, patch.name)
+            made[patch.name] = patch.build(self.model, sites, cell=self.cell, rng=rng, dtype=dtype, device=device)
+        shared = {child: module.train(self.model.training) for child, module in made.items() if module is not None}
+        if shared:
+            if ROOT not in self.model._modules:
+                self.model.add_module(ROOT, nn.ModuleDict())
+            self.model._modules[ROOT][name] = nn.ModuleDict(shared)  # type: ignore[index, operator]
+        return shared
+
+    def _slots(self, paths: Iterable[str]) -> dict[str, Slot]:
+        """The slots of these modules, by the path of the weight's site."""
+        out: dict[str, Slot] = {}
+        for path in dict.fromkeys(paths):
             module = self.model.get_submodule(path)
-            slot = getattr(module, "lora", None)
-            if not isinstance(slot, Slot):
-                slot = Slot(base_of(module), self.cell)
-                slot.train(module.training)
-                adapt(module, slot)
-            out[path] = slot
+            if not slots_of(module):
+                adapt(module, path, self.cell)
+            out |= {slot.path: slot for slot in slots_of(module)}
         return out
 
     def _unfreeze(self, method: Method) -> list[Unfrozen]:
@@ -278,18 +383,26 @@ class Adapted:
 
     def _fill(self, name: str, adapter: Adapter) -> None:
         """Copy a finished adapter's tensors in, after checking every one of them."""
+        self.fit(name, adapter.tensors)
         adapter.check({k: v.shape for k, v in self.tensors(name).items()}, f"method {adapter.recipe.name!r} on this model")
         self.load_tensors(name, adapter.tensors)
         self._meta[name] = {k: v for k, v in adapter.meta.items() if k != "base"}
+        here = getattr(self.model, "quantized", None)
+        if adapter.meta.get("quantized") != here and self.methods[name].base is None:
+            self.notes.append(f"{name!r} was trained on a base stored as {adapter.meta.get('quantized')}; this one is stored as {here}")
 
     def _forget(self, *names: str) -> None:
         self.active = tuple(n for n in self.active if n not in names)
-        for module in [m for m in self.model.modules() if isinstance(getattr(m, "lora", None), Slot)]:
-            slot = module.lora
-            for key in [k for k in slot.branches if k.split("[")[0] in names]:  # type: ignore[union-attr]
-                del slot.branches[key]  # type: ignore[union-attr, operator]
-            if not slot.branches:  # type: ignore[union-attr]
-                restore(module)
+        self._install()  # patches removed, bases given back
+        roots = self.model._modules.get(ROOT)
+        for name in [n for n in names if roots is not None and n in roots]:  # type: ignore[operator]
+            del roots[name]  # type: ignore[union-attr, operator]
+        if roots is not None and not len(roots):  # type: ignore[arg-type]
+            del self.model._modules[ROOT]
+        for slot in self._all_slots():
+            for key in [k for k in slot.branches if k.split("[")[0] in names]:
+                del slot.branches[key]
+        self._restore_unused()
         forgotten = [entry for name in names for entry in self.unfrozen.pop(name, [])]
         needed = {id(entry.module) for rest in self.unfrozen.values() for entry in rest}
         for entry in forgotten:  # after the slots: an adapted class may sit on a casting one
@@ -299,6 +412,13 @@ class Adapted:
         for name in names:
             self.methods.pop(name, None)
             self._meta.pop(name, None)
+
+    def _restore_unused(self) -> None:
+        """Swap back the class of every module that no adapter changes or reads."""
+        read = {path for n in self.methods for branch in self.branches(n) for path in branch.delta.reads}
+        for module in [m for m in self.model.modules() if slots_of(m)]:
+            if not any(slot.branches or slot.path in read for slot in slots_of(module)):
+                restore(module)
 
     def _apply(self) -> None:
         self.model.requires_grad_(False)
@@ -315,7 +435,16 @@ class Adapted:
                 entry.install(True)
         for slot in self._all_slots():
             slot.active = tuple(k for n in self.active for k in slot.branches if k.split("[")[0] == n)
-        self.cell.draws = any(b.delta.draws for b in self.branches())
+            for key in set(slot.branches) - set(slot.active):
+                slot.branches[key].expel()  # type: ignore[operator]
+        while self._installed:
+            self._installed.pop().remove()
+        children = [module for name in self.active for module in self.shared(name).values()]
+        self._installed = [module for module in children if isinstance(module, Patch)]
+        for patch in self._installed:
+            patch.install()
+        self.cell.draws = any(b.delta.draws for b in self.branches()) or any(module.draws for module in children)
+        self.cell.reads = frozenset(path for b in self.branches() for path in b.delta.reads)
 
     def _only_active(self) -> str:
         if len(self.active) != 1:
@@ -348,6 +477,8 @@ class _Prepare:
         self.cell = cell
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.cell.reads:
+            self.cell.value = replace(self.cell.value, memo={})
         if model.training:
             if self.cell.draws and not self.cell.given:  # a delta without masks leaves the base's own dropout as it was
                 self.cell.value = Ctx(torch.stack([torch.zeros((), dtype=torch.int64), torch.randint(2**31, ())]))
@@ -385,36 +516,41 @@ def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Sit
         return []
     if isinstance(what, Method):
         sites = select(model, method.sites)
-        method.delta.check(sites)  # an error before anything is changed
+        method.check(sites)  # an error before anything is changed
         return sites
     here = {s.name: s for s in sites_of(model)}
     for site in what.sites:
         found = here.get(site.name)
         if found is None:
             raise AdapterMismatch(f"the adapter has a site {site.name!r} that this model lacks. {did_you_mean(site.name, here)}")
-        if (found.d_out, found.d_in, found.rows) != (site.d_out, site.d_in, site.rows):
+        if (found.d_out, found.d_in, found.rows, found.experts) != (site.d_out, site.d_in, site.rows, site.experts):
             raise AdapterMismatch(
                 f"the adapter was made for a base of other shapes: {site.name} is {site.d_out} × {site.d_in} there, "
                 f"{found.d_out} × {found.d_in} here"
             )
+    method.check_kinds(what.sites)
     return list(what.sites)
 
 
 def _not_both(sites: list[Site], unfrozen: list[Unfrozen]) -> None:
     """A combine that rescales W may remember it, and W must stay."""
-    weights = {f"{site.module}.weight" for site in sites}
+    weights = {f"{site.module}.{site.attribute}" for site in sites}
     both = [entry.name for entry in unfrozen if entry.name in weights]
     if both:
         raise Incompatible(f"{both[0]} is rescaled (sites) and trained whole (unfreeze); leave it out of one of the two")
 
 
-def _branch(site: Site, host: Base, method: Method, seed: int, what: Method | Adapter) -> Branch:
+def _branch(
+    site: Site, host: Base, method: Method, init: Init | None, pool: Shared | None, seed: int, saved: Mapping[str, Tensor]
+) -> Branch:
+    """One site's fresh branch. `saved`: a finished adapter's tensors, whose shapes it takes."""
     assert method.delta is not None
     dtype = torch.promote_types(host.dtype, torch.float32)
-    delta = method.delta.build(site, dtype=dtype, device=host.device)
+    delta = method.delta.build(site, pool=pool, dtype=dtype, device=host.device)
+    delta.fit({k: v.shape for k, v in saved.items()})
     shell = Branch(site, host, delta, _Unset())  # type: ignore[arg-type]  # gives the init the base as the site sees it
-    if method.init is not None and isinstance(what, Method):
-        method.init(delta, shell.base, site, random.generator(seed, site.name))
+    if init is not None:
+        init(delta, shell.base, site, random.generator(seed, site.name))
     shell.combine = method.combine.build(site, shell.base, delta)
     return shell.train(host.module.training)
 
@@ -428,7 +564,7 @@ def _tensors(branch: Branch) -> dict[str, Tensor]:
 
 
 def _key(name: str, site: Site) -> str:
-    return name + site.name[len(site.module) :]
+    return name + site.name[len(site.whole) :]
 
 
 def _tied_modules(model: nn.Module) -> set[int]:

@@ -6,14 +6,14 @@ Returning the change, not the sum, makes a frozen output bit-exact at init, lets
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
 from lorakit.core.delta import Delta
-from lorakit.core.site import Site
+from lorakit.core.site import STACKS, Kind, Site
 
 
 class Combine(nn.Module, ABC):
@@ -31,6 +31,10 @@ class Combine(nn.Module, ABC):
 
     def gain(self, base: Base, delta: Delta) -> Tensor | None:
         """γ [d_out], or None when the update is plain addition."""
+        return None
+
+    def bias(self, base: Base, delta: Delta) -> Tensor | None:
+        """The change of the module's bias, d_out, or None."""
         return None
 
     def roles(self) -> dict[str, str]:
@@ -66,6 +70,7 @@ class Add(Combine):
 class AddSpec:
     """Plain addition."""
 
+    kinds: ClassVar[frozenset[Kind]] = STACKS
     requires: frozenset[str] = frozenset()
 
     def build(self, site: Site, base: Base, delta: Delta) -> Add:

@@ -5,6 +5,7 @@ Activation checkpointing recomputes under the forward's own value: two forwards 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ class Ctx:
     """`key`: int64 [seed, step] on the CPU, from which every mask inside forward follows."""
 
     key: Tensor
+    ends: Tensor | None = None
+    """At an experts site, whose rows are sorted by expert: int32 [E], where each expert's rows end."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Inputs of the modules that some delta elsewhere `reads`, by path, and what patches decided, filled as the forward goes; one a forward."""
 
 
 @dataclass
@@ -25,6 +30,8 @@ class Cell:
     given: bool = False
     draws: bool = False
     """Whether an active delta draws masks."""
+    reads: frozenset[str] = frozenset()
+    """Paths of the modules whose input is kept in the memo."""
 
     def hold(self, value: Ctx) -> "Held":
         """Set `value` for the duration of a block."""

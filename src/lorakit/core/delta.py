@@ -1,14 +1,17 @@
 """A delta owns A and B: the trained part of an adapted site, ΔW = s · B · G · A, or any other linear change of the weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core import random
 from lorakit.core.context import Ctx
-from lorakit.core.site import Site
+from lorakit.core.errors import NotMergeable
+from lorakit.core.shared import Shared, refuse_shapes
+from lorakit.core.site import MODULES, Kind, Site
 
 
 class Factors(NamedTuple):
@@ -30,42 +33,85 @@ class Delta(nn.Module, ABC):
     trains: frozenset[str] = frozenset()
     draws: bool = False
     """Whether forward in training draws masks, so that every step needs a fresh context."""
+    linear: bool = True
+    """Whether it is a change of the weight. A nonlinear module has no weight() and cannot be merged."""
+    absorbed: int = 0
+    """How much of it the base holds at the moment; forward, weight and factors are what remains (LowRank's legs)."""
+    reads: tuple[str, ...] = ()
+    """Paths of modules of other sites whose input in the same forward it wants; found in `ctx.memo`."""
+
+    p: float = 0.0
+    """Probability of dropping an entry of the input in training; `stream` tells this site's masks from others'."""
+    stream: int = 0
 
     def drop(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """The input as the delta sees it in training (dropout); the identity by default and always in eval mode."""
-        return x
+        """The input as the delta sees it in training: its own dropout. Ids cannot be dropped, so an embedding ignores it."""
+        if self.p == 0 or not self.training or not x.is_floating_point():
+            return x
+        return random.dropout(x, ctx.key, self.stream, self.p)
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         """x ΔWᵀ of an already dropped x: [.., d_in] -> [.., d_out] (ids [..] for an embedding)."""
 
-    @abstractmethod
     def weight(self) -> Tensor:
-        """ΔW: d_out × d_in, in the delta's own dtype."""
+        """ΔW: d_out × d_in, in the delta's own dtype. Raises Incompatible when the delta is no change of the weight."""
+        raise NotMergeable(f"{type(self).__name__} is no change of the weight: it cannot be merged; keep the adapter attached")
 
-    @abstractmethod
     def bound(self) -> int:
         """An upper bound of rank(ΔW) at any time."""
+        raise NotMergeable(f"{type(self).__name__} is no change of the weight: it has no rank")
 
     def factors(self) -> Factors | None:
         """(A, B, s) with ΔW = s·B·A exactly, or None when the delta has no factors."""
         return None
+
+    def fit(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Take the shapes of a saved adapter's tensors, before they are copied in. Raises AdapterMismatch where they cannot differ."""
+        refuse_shapes(self, shapes)
 
     def roles(self) -> dict[str, str]:
         """{parameter name: role}; optimizers and penalties ask by role."""
         return {name: name for name, _ in self.named_parameters(recurse=False)}
 
 
-class DeltaSpec(Protocol):
-    """What a recipe holds: a value that builds the delta of one site, uninitialized."""
+class DeltaSpec(ABC):
+    """What a recipe holds: a value that builds the delta of one site, uninitialized, and what an adapter's sites share."""
 
     @property
-    def provides(self) -> frozenset[str]: ...
+    def provides(self) -> frozenset[str]:
+        """What inits, combines and controllers may require."""
+        return frozenset()
 
-    def build(self, site: Site, *, dtype: torch.dtype, device: torch.device) -> Delta: ...
+    @property
+    def linear(self) -> bool:
+        """Whether the deltas are changes of the weight."""
+        return True
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of sites it can build. Other parts have the attribute only where they are capable of more than MODULES."""
+        return MODULES
+
+    @abstractmethod
+    def build(self, site: Site, *, pool: Shared | None, dtype: torch.dtype, device: torch.device) -> Delta:
+        """The delta of one site; `pool` is what `pool` below gave."""
+
+    def pool(
+        self, sites: Sequence[Site], *, every: Sequence[Site], rng: torch.Generator, dtype: torch.dtype, device: torch.device
+    ) -> Shared | None:
+        """What the deltas of one adapter share, initialized; they keep it unregistered. `every`: all sites of the model (at rest, the
+        adapter's own)."""
+        return None
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise BadParameter for what cannot be built at these sites, or names none of them."""
+        return None
 
+    @abstractmethod
     def count(self, site: Site) -> int:
         """Trainable parameters at this site, in closed form."""
+
+    def count_shared(self, sites: Sequence[Site]) -> int:
+        """Trainable parameters of the pool, in closed form."""
+        return 0

@@ -2,20 +2,21 @@
 
 `checkpoint`: digest of the source folder's safetensors (names, shapes, dtypes, and sampled bytes of every tensor), when the model came
 from one.
-`rows`: digest of sampled entries of every floating parameter, rounded to bf16 first, so that an fp32 and a bf16 load agree; None when
-some weights are stored in another form (quantized).
+`rows`: digest of sampled entries of every parameter, rounded to bf16 first, so that an fp32 and a bf16 load agree. A packed weight's sample
+was taken before it was packed, so that a quantized load agrees too; None when that is not known (a checkpoint that came packed).
 """
 
 import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLE = 256
 
@@ -51,14 +52,28 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 def _rows_digest(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        if not p.is_floating_point() or p.is_meta:
+        shape, taken = _sampled(model, name, p)
+        if taken is None:
             return None
-        flat = p.detach().reshape(-1)
-        stride = max(1, flat.numel() // SAMPLE)
-        sample = flat[::stride][:SAMPLE].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(f"{name}{shape}".encode())
+        digest.update(taken.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _sampled(model: nn.Module, name: str, p: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
+    if p.is_floating_point():
+        return tuple(p.shape), None if p.is_meta else sample(p)
+    origin: Callable[[nn.Module], tuple[tuple[int, ...], Tensor | None]] | None
+    module = model.get_submodule(name.rpartition(".")[0])
+    origin = getattr(type(module), "origin", None)
+    return origin(module) if origin is not None else ((), None)
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Bits of at most SAMPLE entries of a weight: int16, on the CPU."""
+    flat = weight.detach().reshape(-1)
+    stride = max(1, flat.numel() // SAMPLE)
+    return flat[::stride][:SAMPLE].to("cpu", torch.bfloat16, copy=True).view(torch.int16)
 
 
 def _checkpoint_digest(folder: str) -> str | None:

@@ -9,10 +9,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.base import Base
+from lorakit.core.base import Base, base_of
 from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta, Factors
+from lorakit.core.errors import Incompatible
+from lorakit.core.experts import forward_of, stacked
 from lorakit.core.generated import generate
 from lorakit.core.site import Site
 
@@ -31,10 +33,13 @@ class RowsOf:
         return self.base.matmul_t(dy.new_zeros(*dy.shape[:-1], self.base.shape[0]).index_copy(-1, self.index, dy))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.base.dense(dtype)[self.index]
+        return self.base.dense(dtype).index_select(-2, self.index)
 
     def assign_(self, weight: Tensor) -> None:
-        self.base.assign_(self.base.dense().index_copy(0, self.index, weight.to(self.base.dtype)))
+        self.base.assign_(self.base.dense().index_copy(-2, self.index, weight.to(self.base.dtype)))
+
+    def shift_(self, change: Tensor) -> None:
+        self.base.shift_(change.new_zeros(self.base.shape[0]).index_copy(0, self.index, change))
 
     def restore_(self) -> None:
         self.base.restore_()
@@ -42,9 +47,12 @@ class RowsOf:
     def forget_(self) -> None:
         self.base.forget_()
 
+    def expand_(self) -> None:
+        self.base.expand_()
+
     @property
     def bias(self) -> Tensor | None:
-        return None if self.base.bias is None else self.base.bias[self.index]
+        return None if self.base.bias is None else self.base.bias.index_select(-1, self.index)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,12 +94,25 @@ class Branch(nn.Module):
             change = torch.zeros_like(y, dtype=change.dtype).index_copy(-1, self.index, change)
         return (change if self.w == 1.0 else self.w * change).to(y.dtype)  # type: ignore[no-any-return]
 
+    def expel(self) -> None:
+        """Give the base the bits back that it had before it absorbed a part of the delta."""
+        if self.delta.absorbed:
+            self.base.restore_()
+            self.delta.absorbed = 0
+
+    def bias(self) -> Tensor | None:
+        """The change of the module's whole bias at the branch's current scale, or None."""
+        change = self.combine.bias(self.base, self.delta)
+        if change is None or self.index is None:
+            return None if change is None else self.w * change
+        return change.new_zeros(self.host.shape[0]).index_copy(0, self.index, self.w * change)
+
     def weight(self) -> Tensor:
         """The change of the module's whole weight W, d_out × d_in, at the branch's current scale."""
         change = self.w * self.combine.weight(self.base, self.delta)
         if self.index is None:
             return change
-        return torch.zeros(self.host.shape, dtype=change.dtype, device=change.device).index_copy(0, self.index, change)
+        return change.new_zeros(*change.shape[:-2], *self.host.shape).index_copy(-2, self.index, change)
 
     def factors(self) -> Factors | None:
         """The site's factors with γ filled in."""
@@ -100,26 +121,43 @@ class Branch(nn.Module):
 
 
 class Slot(nn.Module):
-    """The child `lora` of an adapted module: every adapter's branches, and which of them are active."""
+    """The child `lora` of an adapted module: every adapter's branches, and which of them are active. A site that is only read by a delta
+    elsewhere has a slot without branches."""
 
-    def __init__(self, base: Base, cell: Cell) -> None:
+    def __init__(self, path: str, base: Base, cell: Cell) -> None:
         super().__init__()
-        self.base, self.cell = base, cell
+        self.path, self.base, self.cell = path, base, cell
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's output with its active adapters: y plus each one's change of the frozen y."""
+        if self.path in self.cell.reads:
+            self.cell.value.memo[self.path] = x
         out = y
         for key in self.active:
             out = out + self.branches[key](x, y, self.cell.value)
         return out
 
 
-def adapt(module: nn.Module, slot: Slot) -> None:
-    """Swap the module's class and hang the slot on it."""
-    module.lora = slot
-    module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
+def slots_of(module: nn.Module) -> list[Slot]:
+    """The slots of an adapted module: one, or one for each stacked weight of experts; none where it is not adapted."""
+    lora = module._modules.get("lora")
+    found = list(lora.values()) if isinstance(lora, nn.ModuleDict) else [lora]
+    return [slot for slot in found if isinstance(slot, Slot)]
+
+
+def adapt(module: nn.Module, path: str, cell: Cell) -> None:
+    """Swap the module's class and hang its slots on it."""
+    names = stacked(module)
+    if names and module._is_expert_parallel:
+        raise Incompatible(f"{path} holds a part of its experts only (expert parallelism): load the model without it to adapt them")
+    module.lora = (
+        nn.ModuleDict({name: Slot(f"{path}.{name}", base_of(module, name), cell) for name in names})
+        if names
+        else Slot(path, base_of(module), cell)
+    ).train(module.training)
+    module.__class__ = (mixture_class if names else adapted_class)(type(module))  # type: ignore[arg-type]  # no __hash__ on type[Module]
 
 
 def restore(module: nn.Module) -> None:
@@ -136,3 +174,9 @@ def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
         return self.lora(x, plain.forward(self, x))  # type: ignore[operator, no-any-return]
 
     return generate("Adapted", adapted_class, plain, forward=forward, plain_class=plain)
+
+
+@functools.cache
+def mixture_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The generated subclass of a class of experts (core/experts.py)."""
+    return generate("Adapted", mixture_class, plain, forward=forward_of(plain), plain_class=plain)

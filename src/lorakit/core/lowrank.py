@@ -3,25 +3,30 @@
 A, B trained, frozen or gated by g; the anchor (A₀, B₀), where there is one, is what an init that starts at W's own components subtracts,
 so that ΔW = 0 at the start and the base is never touched (PiSSA: 2404.02948). An anchored delta is plain LoRA of rank 2r:
 B' = [B, −B₀], A' = [A; A₀].
+
+The same pair holds the legs of a chain (ReLoRA): `retire` moves the live pair behind the earlier ones, r rows a leg. A base may absorb
+legs, one assignment each, so that forward stays of rank r; `expel` in core/layer.py gives the base its bits back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import random
+from lorakit.core import random, resize
+from lorakit.core.base import Base
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, Factors
-from lorakit.core.errors import BadParameter
+from lorakit.core.delta import Delta, DeltaSpec, Factors
 from lorakit.core.scale import Rank
-from lorakit.core.site import Site
+from lorakit.core.shared import Shared, refuse_shapes
+from lorakit.core.site import MODULES, STACKS, Kind, Site
 from lorakit.ops import reference as ops
+from lorakit.ops.grouped import each
 
 
 class LowRank(Delta):
-    """One site's A [r, d_in], B [d_out, r], and optionally g [r], A0 [r, d_in], B0 [d_out, r]."""
+    """One site's A [r, d_in], B [d_out, r], and optionally g [r], A0 [r, d_in], B0 [d_out, r]. At experts A, B have E in front."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -33,69 +38,121 @@ class LowRank(Delta):
         super().__init__()
         self.r, self.s = spec.rank.at(site)
         self.p, self.stream = spec.dropout, random.stream(site.name)
-        self.draws = spec.dropout > 0
+        self.draws, self.flexible = spec.dropout > 0, spec.flexible
         self.provides, self.trains = spec.provides, frozenset(spec.train)
 
+        stack = () if site.experts is None else (site.experts,)
+
         def empty(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.zeros(*stack, *shape, dtype=dtype, device=device)
 
         self.A = nn.Parameter(empty(self.r, site.d_in), requires_grad="A" in self.trains)
         self.B = nn.Parameter(empty(site.d_out, self.r), requires_grad="B" in self.trains)
         self.register_parameter("g", nn.Parameter(empty(self.r), requires_grad="g" in self.trains) if spec.gate else None)
-        self.register_buffer("A0", empty(self.r, site.d_in) if spec.anchor else None)
-        self.register_buffer("B0", empty(site.d_out, self.r) if spec.anchor else None)
-
-    def drop(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """Dropout on the delta's input only; ids cannot be dropped, so an embedding ignores it."""
-        if self.p == 0 or not self.training or not x.is_floating_point():
-            return x
-        return random.dropout(x, ctx.key, self.stream, self.p)
+        behind = self.r if spec.anchor else 0
+        self.register_buffer("A0", empty(behind, site.d_in) if spec.anchor or spec.legs else None)
+        self.register_buffer("B0", empty(site.d_out, behind) if spec.anchor or spec.legs else None)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         A, B = self._down(), self._up()
         dtype = x.dtype if x.is_floating_point() else B.dtype
+        if A.ndim == 3:  # one pair for each expert
+            return each(each(x, A.to(dtype), ctx.ends) * self.s, B.to(dtype), ctx.ends)
         z = ops.project(x, A.to(dtype))  # [.., r]; 2r wide with an anchor
         return ops.expand(z, B.to(dtype), self.s)
 
     def weight(self) -> Tensor:
         delta = self.B @ (self.A if self.g is None else self.g[:, None] * self.A)
         if self.A0 is not None and self.B0 is not None:
-            delta = delta - self.B0 @ self.A0
+            delta = delta - self.B0[:, self.absorbed :] @ self.A0[self.absorbed :]
         return self.s * delta
 
     def factors(self) -> Factors:
         return Factors(self._down(), self._up(), self.s)
 
     def bound(self) -> int:
-        return self.r * (1 if self.A0 is None else 2)
+        return self.r + (0 if self.A0 is None else len(self.A0) - self.absorbed)
+
+    def fit(self, shapes: Mapping[str, torch.Size]) -> None:
+        r = shapes["A"][-2] if "A" in shapes else self.r
+        if r != self.r and self.flexible:
+            self.resize(r)
+        if self.A0 is not None and self.B0 is not None and "A0" in shapes and "legs" in self.provides:
+            self.A0, self.B0 = self.A0.new_zeros(shapes["A0"][0], self.A0.shape[1]), self.B0.new_zeros(self.B0.shape[0], shapes["A0"][0])
+        refuse_shapes(self, shapes)
+
+    def resize(self, r: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Cut to the first r components, or append components of zeros. The scale stays."""
+        if r < self.r:
+            self.keep(torch.arange(r, device=self.A.device), optimizer)
+        for name, dim in self._components():
+            shape = list(getattr(self, name).shape)
+            shape[dim] = r - self.r
+            if shape[dim]:
+                resize.append(optimizer, self, name, self.A.new_zeros(shape), dim)
+        self.r = r
+
+    def keep(self, index: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Keep these components, in this order."""
+        for name, dim in self._components():
+            resize.keep(optimizer, self, name, index, dim)
+        self.r = len(index)
+
+    @torch.no_grad()
+    def retire(self) -> None:
+        """Move the live pair, its gate folded in, behind the legs; A, B and g stay as they are, to be set anew."""
+        assert self.A0 is not None and self.B0 is not None
+        A = self.A if self.g is None else self.g[:, None] * self.A
+        self.A0, self.B0 = torch.cat([self.A0, A.detach()]), torch.cat([self.B0, -self.B.detach()], dim=1)
+
+    @torch.no_grad()
+    def absorb_(self, base: Base) -> None:
+        """Move the legs that the base does not hold yet into its weight, one by one, as they came."""
+        assert self.A0 is not None and self.B0 is not None
+        wide = torch.promote_types(base.dtype, self.A0.dtype)
+        while self.absorbed < len(self.A0):
+            leg = slice(self.absorbed, self.absorbed + self.r)
+            base.assign_(base.dense(wide) - self.s * (self.B0[:, leg] @ self.A0[leg]))
+            self.absorbed = leg.stop
 
     def _down(self) -> Tensor:
         A = self.A if self.g is None else self.g[:, None] * self.A
-        return A if self.A0 is None else torch.cat([A, self.A0])
+        return A if self.A0 is None or len(self.A0) == self.absorbed else torch.cat([A, self.A0[self.absorbed :]])
 
     def _up(self) -> Tensor:
-        return self.B if self.B0 is None else torch.cat([self.B, -self.B0], dim=1)
+        return self.B if self.B0 is None or self.B0.shape[1] == self.absorbed else torch.cat([self.B, -self.B0[:, self.absorbed :]], dim=1)
+
+    def _components(self) -> list[tuple[str, int]]:
+        """Tensors with one slice a component, and the dimension it lies along."""
+        return [("A", -2), ("B", -1), *([("g", -1)] if self.g is not None else [])]
 
 
 @dataclass(frozen=True)
-class LowRankSpec:
-    """Rank and scale, input dropout, what is trained, whether there is a gate g, whether the init leaves an anchor."""
+class LowRankSpec(DeltaSpec):
+    """Rank and scale, input dropout, what is trained; whether there is a gate g, an anchor that the init leaves, legs of a chain;
+    whether ranks may become others than the recipe's (they are then read from a file's shapes)."""
 
     rank: Rank
     dropout: float = 0.0
     train: tuple[str, ...] = ("A", "B")
     gate: bool = False
     anchor: bool = False
+    legs: bool = False
+    flexible: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise BadParameter(f"dropout={self.dropout} is not a probability; expected 0 <= dropout < 1")
+        random.check_dropout(self.dropout)
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"factors"} | ({"gate"} if self.gate else set()) | ({"anchor"} if self.anchor else set()))
+        has = {"gate": self.gate, "anchor": self.anchor, "legs": self.legs}
+        return frozenset({"factors"} | {name for name, there in has.items() if there})
 
-    def build(self, site: Site, *, dtype: torch.dtype, device: torch.device) -> LowRank:
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return MODULES if self.gate or self.anchor or self.legs else STACKS
+
+    def build(self, site: Site, *, pool: Shared | None, dtype: torch.dtype, device: torch.device) -> LowRank:
         return LowRank(site, self, dtype=dtype, device=device)
 
     def check(self, sites: Sequence[Site]) -> None:
@@ -103,4 +160,5 @@ class LowRankSpec:
 
     def count(self, site: Site) -> int:
         r, _ = self.rank.at(site)
-        return r * (site.d_in * ("A" in self.train) + site.d_out * ("B" in self.train) + ("g" in self.train))
+        values = r * (site.d_in * ("A" in self.train) + site.d_out * ("B" in self.train) + ("g" in self.train))
+        return values * (site.experts or 1)

@@ -11,23 +11,27 @@ import importlib.metadata
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pydantic
 
+from lorakit.core.base import BaseSpec
 from lorakit.core.combine import AddSpec, CombineSpec
 from lorakit.core.delta import DeltaSpec
 from lorakit.core.errors import BadParameter, Incompatible, NoSuchMethod, did_you_mean
-from lorakit.core.events import ControllerSpec, Init, Penalty
-from lorakit.core.site import Site, Where
+from lorakit.core.events import Calibrated, ControllerSpec, Descent, Init, LoopSpec, Objective, Penalty
+from lorakit.core.shared import PatchSpec
+from lorakit.core.site import MODULES, Beyond, Site, Where
+from lorakit.core.unfreeze import Pattern
 
 COMMON = {
     "r": "rank of the update",
     "alpha": "numerator of the scale s (core/scale.py)",
     "dropout": "probability of dropping an entry of the delta's input in training",
-    "sites": "preset (all-linear, attention, mlp, qv, embedding), name or suffix, glob, re:regex, or a list of those",
+    "sites": "preset (all-linear, linear-modules, attention, mlp, experts, qv, attention-output, mlp-output, embedding), name or suffix, "
+    "glob, re:regex, or a list of those",
     "rank_pattern": "r at sites whose name ends in a match of the regex: {regex: r}",
     "alpha_pattern": "alpha at sites whose name ends in a match of the regex: {regex: alpha}",
     "unfreeze": "modules or parameters trained whole beside the deltas: name, suffix or glob",
@@ -48,21 +52,29 @@ class Method:
     """Parts, all of them frozen values with a `build`; everything built is owned by Adapted or by the run."""
 
     delta: DeltaSpec | None
-    init: Init | None = None
+    init: Init | Calibrated | None = None
     combine: CombineSpec = AddSpec()
-    sites: Where = "all-linear"
-    unfreeze: tuple[str, ...] = ()
+    sites: Where | Beyond = "all-linear"
+    unfreeze: tuple[Pattern, ...] = ()
     penalties: tuple[Penalty, ...] = ()
     controllers: tuple[ControllerSpec, ...] = ()
     optim: Any = None
     """An optimizer spec (parts/optimizers), or None for AdamW."""
+    base: BaseSpec | None = None
+    """How the frozen linear weights are stored, or None for as they are."""
+    patches: tuple[PatchSpec, ...] = ()
+    objective: Objective | None = None
+    """How the training loss is made of forwards, or None for one forward's own loss."""
+    loop: LoopSpec = Descent()
     identity: bool = True
     """Whether the output is unchanged at init up to rounding."""
     recipe: Recipe | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.sites, list):  # from a file or a flag; a value does not change
+            object.__setattr__(self, "sites", tuple(self.sites))
         provided = self.delta.provides if self.delta else frozenset()
-        parts = [self.init, self.combine, *self.penalties, *self.controllers]
+        parts = [self.init, self.combine, *self.penalties, *self.controllers, *self.patches, self.objective, self.loop]
         for part in parts:
             missing = (part.requires if part is not None else frozenset()) - provided
             if missing:
@@ -77,9 +89,35 @@ class Method:
                 raise BadParameter(f"Method has no part {name!r}. {did_you_mean(name, known)}")
         return dataclasses.replace(self, **parts, recipe=None)
 
+    @property
+    def beyond(self) -> str | None:
+        """What the adapter is besides a change of weights: why it cannot be merged. None for most methods."""
+        if self.delta is not None and not self.delta.linear:
+            return "its modules are not linear"
+        return next((patch.kept for patch in self.patches if patch.kept), None)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise BadParameter or Incompatible for what cannot be built at these sites."""
+        self.check_kinds(sites)
+        if self.delta is not None:
+            self.delta.check(sites)
+
+    def check_kinds(self, sites: Sequence[Site]) -> None:
+        """Raise Incompatible for sites of a kind that some part was not made for."""
+        parts = [self.delta, self.init, self.combine, self.optim, self.base, self.objective, self.loop]
+        for part in [p for p in (*parts, *self.penalties, *self.controllers, *self.patches) if p is not None]:
+            odd = [site.name for site in sites if site.kind not in getattr(part, "kinds", MODULES)]
+            if odd:
+                raise Incompatible(
+                    f"{type(part).__name__} is made for single matrices and cannot adapt {len(odd)} stacks of experts ({odd[0]}, …); "
+                    "leave them frozen with sites='linear-modules', or choose a method that knows stacks"
+                )
+
     def count(self, sites: list[Site]) -> int:
-        """Trainable parameters of deltas and combines over these sites, in closed form."""
-        return sum(self.delta.count(s) + self.combine.count(s) for s in sites) if self.delta else 0
+        """Trainable parameters of deltas, combines and what the sites share, in closed form; a patch knows its own (PatchSpec.count)."""
+        if self.delta is None:
+            return 0
+        return self.delta.count_shared(sites) + sum(self.delta.count(s) + self.combine.count(s) for s in sites)
 
 
 @dataclass(frozen=True)

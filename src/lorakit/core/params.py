@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from lorakit.core.site import Site
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class ParamTable:
         found = {(id(p.module), p.role): p for p in self.rows}
         return [(p, found[id(p.module), "B"]) for p in self.by_role("A") if (id(p.module), "B") in found]
 
-    def groups(self, key: Callable[[Param], Hashable]) -> dict[Hashable, list[Param]]:
+    def groups(self, key: Callable[[Param], K]) -> dict[K, list[Param]]:
         """Partition by a function; every parameter lands in exactly one group."""
-        out: dict[Hashable, list[Param]] = {}
+        out: dict[K, list[Param]] = {}
         for p in self.rows:
             out.setdefault(key(p), []).append(p)
         return out

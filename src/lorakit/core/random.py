@@ -10,6 +10,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from lorakit.core.errors import BadParameter
+
 STEPS = 65536
 _MIX = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
@@ -35,6 +37,12 @@ def mixed(seed: int, step: int, site: int) -> int:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
         z ^= z >> 31
     return z >> 1
+
+
+def check_dropout(p: float) -> None:
+    """Raise BadParameter for what is no probability of dropping."""
+    if not 0 <= p < 1:
+        raise BadParameter(f"dropout={p} is not a probability; expected 0 <= dropout < 1")
 
 
 @torch.library.custom_op("lorakit::dropout_mask", mutates_args=())

@@ -3,6 +3,7 @@
 linear    s = alpha / r             LoRA, arXiv:2106.09685
 sqrt      s = alpha / sqrt(r)       rsLoRA, arXiv:2312.03732
 guarded   s = alpha / (r + 1e-5)    AdaLoRA's code; r is the initial rank and never changes when ranks are pruned
+constant  s = alpha                 modules that have a scale of their own (arXiv:2110.04366)
 """
 
 import math
@@ -20,6 +21,7 @@ RULES: dict[str, Callable[[int, float], float]] = {
     "linear": lambda r, alpha: alpha / r,
     "sqrt": lambda r, alpha: alpha / math.sqrt(r),
     "guarded": lambda r, alpha: alpha / (r + 1e-5),
+    "constant": lambda r, alpha: alpha,
 }
 
 
@@ -47,21 +49,14 @@ class Rank:
         for name, value in [("r", r), *(rank_pattern or {}).items()]:
             if value < 1:
                 raise BadParameter(f"rank {name}={value} is not possible; r must be at least 1")
-        for key in (*(rank_pattern or {}), *(alpha_pattern or {})):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise BadParameter(f"pattern {key!r} is not a regular expression: {error}") from None
-        return cls(r, alpha, rule, tuple(sorted((rank_pattern or {}).items())), tuple(sorted((alpha_pattern or {}).items())))
+        return cls(r, alpha, rule, frozen(rank_pattern), frozen(alpha_pattern))
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise BadParameter for a rank over its matrix and for a pattern that matches none of the sites."""
         for site in sites:
             self.at(site)
-        for key, _ in (*self.rank_pattern, *self.alpha_pattern):
-            if not any(_matches(key, site.name) for site in sites):
-                hint = did_you_mean(key, {site.name.rsplit(".", 1)[-1] for site in sites})
-                raise BadParameter(f"pattern {key!r} matches the name of none of the {len(sites)} adapted sites. {hint}".rstrip())
+        check_pattern(self.rank_pattern, sites)
+        check_pattern(self.alpha_pattern, sites)
 
     def at(self, site: Site) -> tuple[int, float]:
         """(r, s) at a site. Raises BadParameter when r exceeds the matrix."""
@@ -75,12 +70,31 @@ class Rank:
 
     def named(self, name: str) -> tuple[int, float]:
         """(r, s) at a site of this name, whatever its matrix."""
-        r = _lookup(self.rank_pattern, name, self.r)
-        return r, RULES[self.rule](r, _lookup(self.alpha_pattern, name, self.alpha))
+        r = lookup(self.rank_pattern, name, self.r)
+        return r, RULES[self.rule](r, lookup(self.alpha_pattern, name, self.alpha))
 
 
-def _lookup(pattern: tuple[tuple[str, T], ...], name: str, default: T) -> T:
+def frozen(pattern: Mapping[str, T] | None) -> tuple[tuple[str, T], ...]:
+    """What the user typed as sorted pairs. Raises BadParameter for a key that is no regular expression."""
+    for key in pattern or {}:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise BadParameter(f"pattern {key!r} is not a regular expression: {error}") from None
+    return tuple(sorted((pattern or {}).items()))
+
+
+def lookup(pattern: Sequence[tuple[str, T]], name: str, default: T) -> T:
+    """The value of the first key that matches a site's name."""
     return next((value for key, value in pattern if _matches(key, name)), default)
+
+
+def check_pattern(pattern: Sequence[tuple[str, T]], sites: Sequence[Site]) -> None:
+    """Raise BadParameter for a key that matches none of the sites."""
+    for key, _ in pattern:
+        if not any(_matches(key, site.name) for site in sites):
+            hint = did_you_mean(key, {site.name.rsplit(".", 1)[-1] for site in sites})
+            raise BadParameter(f"pattern {key!r} matches the name of none of the {len(sites)} adapted sites. {hint}".rstrip())
 
 
 def _matches(key: str, name: str) -> bool:

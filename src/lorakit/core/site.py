@@ -3,6 +3,9 @@
 Convention everywhere: W is d_out × d_in, A is r × d_in, B is d_out × r. An embedding's site has d_in = vocabulary and d_out = dimension.
 Fused projections (GPT-2 `c_attn`, GPT-NeoX `query_key_value`, Phi `qkv_proj`) are one site as a whole, and one site per part, named
 `c_attn[q]`, whose `rows` are the output rows of that part: ranges, because GPT-NeoX interleaves them head by head.
+
+The experts of a mixture are stacked in two parameters of one module (core/experts.py): one site each, `mlp.experts.gate_up_proj` and
+`mlp.experts.down_proj`, for all experts together. There W is E × d_out × d_in, A is E × r × d_in, B is E × d_out × r.
 """
 
 import fnmatch
@@ -11,12 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.errors import NoSuchSite, did_you_mean
+from lorakit.core.experts import stack_shape, stacked
 from lorakit.core.generated import plain_type
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "experts"]
+MODULES: frozenset[Kind] = frozenset({"linear", "embedding"})
+"""The kinds of sites that every part of a method must be capable of."""
+STACKS: frozenset[Kind] = MODULES | {"experts"}
+"""The `kinds` of a part that says it knows stacked weights too."""
 
 ROLES = {
     "q": ("q_proj", "q", "query", "q_lin", "q_attn", "wq"),
@@ -34,12 +42,17 @@ ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("gate", "up", "down", "gate_up")
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
+ROOT = "lora_shared"  # the module at the model's root that holds what an adapter's sites share
 OTHER_ORDER = ("codegen", "gpt_bigcode")  # model types whose fused rows are in an order of their own: adapted whole only
 PRESETS: dict[str, Callable[["Site"], bool]] = {
-    "all-linear": lambda s: s.kind == "linear" and s.rows is None and s.role != "head",
+    "all-linear": lambda s: s.kind != "embedding" and s.rows is None and s.role != "head",
+    "linear-modules": lambda s: s.kind == "linear" and s.rows is None and s.role != "head",
     "attention": lambda s: s.kind == "linear" and s.rows is None and s.role in ATTENTION,
-    "mlp": lambda s: s.kind == "linear" and s.rows is None and s.role in MLP,
+    "mlp": lambda s: s.kind != "embedding" and s.rows is None and s.role in MLP,
+    "experts": lambda s: s.kind == "experts" and s.rows is None,
     "qv": lambda s: s.kind == "linear" and s.role in ("q", "v"),
+    "attention-output": lambda s: s.kind == "linear" and s.role == "o",
+    "mlp-output": lambda s: s.kind == "linear" and s.role == "down",
     "embedding": lambda s: s.role == "embed",
 }
 
@@ -55,14 +68,34 @@ class Site:
     layer: int | None
     role: str
     rows: tuple[range, ...] | None = None
+    experts: int | None = None
+    """How many matrices of this shape are stacked; None for a single one."""
+
+    @property
+    def whole(self) -> str:
+        """The name without `[part]`."""
+        return self.name.split("[")[0]
 
     @property
     def module(self) -> str:
-        """Path of the module that holds the weight (the name without `[part]`)."""
-        return self.name.split("[")[0]
+        """Path of the module that holds the weight."""
+        return self.whole if self.experts is None else self.whole.rpartition(".")[0]
+
+    @property
+    def attribute(self) -> str:
+        """The weight's name in that module."""
+        return "weight" if self.experts is None else self.whole.rpartition(".")[2]
 
 
 Where = str | Sequence[str] | Callable[[Site], bool]
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What `where` selects, but for the sites of the first `layers` layers."""
+
+    where: Where
+    layers: int
 
 
 def supported(module: nn.Module) -> Kind | None:
@@ -78,9 +111,17 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def ours(path: str) -> bool:
+    """Whether a module or parameter path belongs to an adapter, not to the model."""
+    return ".lora." in f".{path}." or f".{ROOT}." in f".{path}."
+
+
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a supported module, in the convention of this project."""
-    rows, cols = module.weight.shape  # type: ignore[misc]
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not weight.is_floating_point():  # packed: its own shape says nothing
+        return (module.nf, module.nx) if _is_conv1d(module) else (module.out_features, module.in_features)  # type: ignore[return-value]
+    rows, cols = weight.shape
     transposed = _is_conv1d(module) or supported(module) == "embedding"
     return (int(cols), int(rows)) if transposed else (int(rows), int(cols))
 
@@ -90,19 +131,27 @@ def sites_of(model: nn.Module) -> list[Site]:
     found: list[Site] = []
     for name, module in model.named_modules():
         kind = supported(module)
-        if kind is None or ".lora." in f".{name}.":
+        if ours(name):
             continue
-        d_out, d_in = weight_shape(module)
-        site = Site(name, kind, d_in, d_out, _layer(name), _embedding_role(name) if kind == "embedding" else _role(name))
-        found += [site, *_parts(model, site)]
+        if kind is not None:
+            d_out, d_in = weight_shape(module)
+            site = Site(name, kind, d_in, d_out, _layer(name), _embedding_role(name) if kind == "embedding" else _role(name))
+            found += [site, *_parts(model, site)]
+        for weight in stacked(module):
+            experts, d_out, d_in = stack_shape(module, weight)
+            path = f"{name}.{weight}".lstrip(".")
+            site = Site(path, "experts", d_in, d_out, _layer(name), _role(path), experts=experts)
+            found += [site, *_parts(model, site)]
     return found
 
 
-def select(model: nn.Module, where: Where) -> list[Site]:
+def select(model: nn.Module, where: Where | Beyond) -> list[Site]:
     """Sites chosen by a preset, a name or suffix, a glob, `re:` regex, a list of those, or a predicate.
 
     Raises NoSuchSite when any entry matches nothing (a list that half matches is an error, not a warning), naming the closest sites.
     """
+    if isinstance(where, Beyond):
+        return _beyond(select(model, where.where), where.layers)
     sites = sites_of(model)
     if callable(where):
         chosen = [s for s in sites if where(s)]
@@ -121,6 +170,14 @@ def select(model: nn.Module, where: Where) -> list[Site]:
     return _without_overlap([s for s in sites if s.name in wanted])
 
 
+def _beyond(sites: list[Site], layers: int) -> list[Site]:
+    kept = [s for s in sites if s.layer is None or s.layer >= layers]
+    if layers < 0 or not kept:
+        there = 1 + max(s.layer for s in sites if s.layer is not None)
+        raise NoSuchSite(f"leaving out {layers} layers is not possible with sites in {there} layers; expected 0 to {there - 1}")
+    return kept
+
+
 def _matches(site: Site, entry: str) -> bool:
     if entry in PRESETS:
         return PRESETS[entry](site)
@@ -136,14 +193,17 @@ def _matches(site: Site, entry: str) -> bool:
 
 def _nothing(entry: str, sites: Iterable[Site]) -> str:
     names = {s.name.rsplit(".", 1)[-1] for s in sites} | {s.name for s in sites} | set(PRESETS)
-    return f"sites entry {entry!r} matches no linear or embedding module of this model. {did_you_mean(entry, names)}".strip()
+    if entry in PRESETS:
+        there = sorted({s.name.rsplit(".", 1)[-1] for s in sites})
+        return f"no module of this model is known to be what the preset {entry!r} means; name them instead. There are: {', '.join(there)}."
+    return f"sites entry {entry!r} matches no linear layer, embedding or experts of this model. {did_you_mean(entry, names)}".strip()
 
 
 def _without_overlap(sites: list[Site]) -> list[Site]:
     whole = {s.name for s in sites if s.rows is None}
     for s in sites:
-        if s.rows is not None and s.module in whole:
-            raise NoSuchSite(f"sites names both {s.module!r} and its part {s.name!r}; choose one")
+        if s.rows is not None and s.whole in whole:
+            raise NoSuchSite(f"sites names both {s.whole!r} and its part {s.name!r}; choose one")
     return sites
 
 
@@ -174,13 +234,15 @@ def _parts(model: nn.Module, site: Site) -> list[Site]:
     layout = {"qkv": _qkv_rows, "gate_up": _gate_up_rows}.get(site.role)
     rows = layout(model, site) if layout else {}
     return [
-        Site(f"{site.name}[{role}]", site.kind, site.d_in, sum(map(len, ranges)), site.layer, role, ranges)
+        Site(f"{site.name}[{role}]", site.kind, site.d_in, sum(map(len, ranges)), site.layer, role, ranges, site.experts)
         for role, ranges in rows.items()
     ]  # fmt: skip
 
 
 def _gate_up_rows(model: nn.Module, site: Site) -> dict[str, tuple[range, ...]]:
     half = site.d_out // 2
+    if site.kind == "experts" and not model.get_submodule(site.module).is_concatenated:  # gpt-oss: gate and up by turns
+        return {role: tuple(range(i, i + 1) for i in range(start, site.d_out, 2)) for start, role in enumerate(("gate", "up"))}
     return {"gate": (range(half),), "up": (range(half, site.d_out),)}
 
 

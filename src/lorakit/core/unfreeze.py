@@ -7,15 +7,19 @@ inside forward.
 
 import fnmatch
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.errors import NoSuchSite, did_you_mean
+from lorakit.core.errors import Incompatible, NoSuchSite, did_you_mean
 from lorakit.core.generated import generate
+from lorakit.core.site import ours
+
+Pattern = str | Callable[[nn.Module, str], bool]
+"""A name, suffix or glob; or a predicate of a module and the name of its parameter (parts/unfrozen), which may match none."""
 
 
 @dataclass
@@ -33,23 +37,25 @@ class Unfrozen:
         self.module.register_parameter(self.attribute, self.trained if on else self.original)
 
 
-def unfreeze(model: nn.Module, patterns: Iterable[str]) -> list[Unfrozen]:
+def unfreeze(model: nn.Module, patterns: Iterable[Pattern]) -> list[Unfrozen]:
     """Clone every parameter whose path, module or module suffix matches a pattern. Raises NoSuchSite for a pattern that matches none."""
     places = [
         (f"{path}.{name}".lstrip("."), path, module, name)
         for path, module in model.named_modules()
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
-        if ".lora." not in f".{path}." and p is not None
+        if not ours(path) and p is not None
     ]
     found: dict[str, Unfrozen] = {}
     clones: dict[int, nn.Parameter] = {}  # weights that are tied and both trained stay tied
     for pattern in patterns:
-        hits = [place for place in places if _hits(pattern, place[0], place[1])]
-        if not hits:
+        hits = [(full, path, m, p) for full, path, m, p in places if (pattern(m, p) if callable(pattern) else _hits(pattern, full, path))]
+        if not hits and isinstance(pattern, str):
             names = {path.rsplit(".", 1)[-1] for _, path, _, _ in places}
             raise NoSuchSite(f"unfreeze entry {pattern!r} matches no module with parameters. {did_you_mean(pattern, names)}")
         for full, _, module, name in hits:
             original = getattr(module, name)
+            if not original.is_floating_point():
+                raise Incompatible(f"unfreeze entry {pattern!r} names {full}, whose packed codes cannot be trained; leave it out")
             trained = clones.setdefault(id(original), _trained(original))
             found.setdefault(full, Unfrozen(full, module, name, original, trained))
     for entry in found.values():
@@ -85,7 +91,7 @@ def stop_casting(module: nn.Module) -> None:
 def _casting_class(plain: type[nn.Module], stored: torch.dtype) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = x.dtype if x.is_floating_point() else stored
-        names = [n for n, _ in self.named_parameters(recurse=False)]
+        names = [n for n, p in self.named_parameters(recurse=False) if p.is_floating_point()]
         for name in names:  # an instance attribute shadows the registered parameter of the same name
             self.__dict__[name] = self._parameters[name].to(dtype)  # type: ignore[union-attr]
         try:

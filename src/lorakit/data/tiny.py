@@ -1,6 +1,7 @@
 """Tiny models and a tiny tokenizer, made from configurations alone: what every test of the project runs on.
 
-Sizes: hidden 32, 2 layers, 4 heads (2 key-value heads where the architecture groups them), vocabulary 128, no dropout.
+Sizes: hidden 32, 2 layers, 4 heads (2 key-value heads where the architecture groups them), vocabulary 128, no dropout; of 4 experts
+2 for each token.
 Nothing is fetched and nothing is saved. ASCII text tokenizes to ids below 128, so it fits the models' default vocabulary;
 for other bytes build the model with `vocab_size=len(tiny_tokenizer())`.
 """
@@ -23,6 +24,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**_GROUPED, "sliding_window": None}),
     "qwen2": ("Qwen2", _GROUPED),
     "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 8}),
+    "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {**_GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    ),
     "gpt_neox": ("GPTNeoX", {**_SHAPE, "initializer_range": 0.15}),
     "gpt2": (
         "GPT2",

@@ -1,5 +1,6 @@
 """The definition of each hot operation, in plain torch. Shapes: x [.., d_in], A [r, d_in], B [d_out, r]."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,3 +23,31 @@ def row_norm(w2: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     cross = (WA * B).sum(-1)
     square = ((B @ (A @ A.T)) * B).sum(-1)
     return (w2 + 2 * s * cross + s * s * square).clamp_min(0).sqrt()
+
+
+def scaled(x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
+    """x (diag(b) B diag(d) A)ᵀ: [.., d_in] -> [.., d_out]; ids [..] -> [.., d_out]."""
+    return F.linear(project(x, A) * d, B) * b
+
+
+def kronecker(x: Tensor, w1: Tensor, w2: Tensor, s: float) -> Tensor:
+    """s x (w1 ⊗ w2)ᵀ for w1 [a1, a2], w2 [b1, b2], the product never formed: [.., a2 b2] -> [.., a1 b1], ids [..] -> [.., a1 b1].
+
+    With X: a2 × b2 the entries of x row by row, it is w1 X w2ᵀ row by row, multiplied in the cheaper order.
+    """
+    (a1, a2), (b1, b2) = w1.shape, w2.shape
+    if not x.is_floating_point():  # the column of the product at each id
+        return (F.embedding(x // b2, w1.T * s).unsqueeze(-1) * F.embedding(x % b2, w2.T).unsqueeze(-2)).flatten(-2)
+    X = x.unflatten(-1, (a2, b2))
+    if a2 * b1 * (b2 + a1) <= a1 * b2 * (a2 + b1):
+        z = F.linear(X, w2) * s  # [.., a2, b1]
+        return F.linear(z.mT, w1).mT.flatten(-2)
+    z = F.linear(X.mT, w1) * s  # [.., b2, a1]
+    return F.linear(z.mT, w2).flatten(-2)
+
+
+def grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
+    """x_i W_{e(i)}ᵀ of rows that are sorted by expert: [n, d_in], [E, d_out, d_in] -> [n, d_out]. ends [E]: expert e has the rows
+    ends[e − 1] up to ends[e]."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), W, strict=True)])

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.adapters.folder import locate
 from lorakit.adapters.io import RECORD, load_adapter
 from lorakit.adapters.peft_config import CONFIG, read_config
-from lorakit.adapters.record import read_bounded, read_record
+from lorakit.adapters.record import read_bounded, read_record, recipe_in
 from lorakit.core.attach import Adapted, attach_adapter
+from lorakit.core.base import BaseSpec
 from lorakit.core.errors import BadParameter
-from lorakit.train.source_model import CLASSIFY, load_model, load_tokenizer
+from lorakit.core.method import get_method
+from lorakit.train.source_model import CLASSIFY, load_base, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | N
     if not name:
         raise BadParameter(f"the adapter {folder} does not name its base; give it with --model")
     labels = facts.get("labels") or None
-    base = load_model(name, task=CLASSIFY if labels else "causal-lm", dtype=dtype or facts.get("dtype", "float32"), labels=labels)
+    base = load_base(name, facts, own_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype=dtype, labels=labels)
     adapter = load_adapter(folder, model=base)
     tokenizer = load_tokenizer(name, chat_template=facts.get("chat_template"))
     adapted = attach_adapter(base, adapter, force=force)
@@ -59,6 +61,15 @@ def base_of(folder: str | Path, model: str | None, *, needed: bool) -> nn.Module
     name = model or (facts.get("model") if needed or locate(folder, RECORD) is None else None)
     labels = facts.get("labels") or None
     return load_model(name, task=CLASSIFY if labels else "causal-lm", labels=labels) if name else None
+
+
+def own_storage(folder: str | Path) -> BaseSpec | None:
+    """How an adapter's method itself stores the base; None for as it is."""
+    own = locate(folder, RECORD)
+    if own is None:
+        return None
+    recipe = recipe_in(read_record(read_bounded(own), own), own)
+    return get_method(recipe.name, **recipe.kwargs).base
 
 
 def recorded(folder: str | Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class TrainConfig(pydantic.BaseModel):
     output_dir: str = Field("out", description="run folder: checkpoints, metrics, curve, adapter")
     task: Literal["auto", "causal-lm", "sequence-classification"] = Field("auto", description="auto: by the rows' shape")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters are fp32")
+    quantize: Literal["none", "nf4"] = Field("none", description="how the frozen linear weights are stored, for any method")
     max_length: int = Field(512, ge=2, description="longest sample, and the packing window")
     packing: bool = Field(True, description="several documents in a window, exactly; off: pad")
     train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens of a chat are trained on")

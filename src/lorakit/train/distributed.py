@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorakit.core.params import ParamTable
+from lorakit.core.site import ours
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def shard(model: nn.Module, table: ParamTable) -> None:
     """FSDP2 over the model's repeated blocks and its root; the adapters stay whole on every process."""
     from torch.distributed.fsdp import fully_shard
 
-    keep = {row.tensor for row in table} | {p for n, p in model.named_parameters() if ".lora." in n}
+    keep = {row.tensor for row in table} | {p for n, p in model.named_parameters() if ours(n)}
     for block in blocks(model):
         fully_shard(block, ignored_params=keep)
     fully_shard(model, ignored_params=keep)

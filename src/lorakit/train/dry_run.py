@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.core.base import numel
 from lorakit.core.method import describe
 from lorakit.core.params import ParamTable
 from lorakit.parts.optimizers.adamw import AdamW
@@ -62,6 +63,5 @@ def dry_run(config: TrainConfig) -> Preview:
     adapted.model.train()
     spec = adapted.methods[adapted.active[0]].optim or AdamW()
     memory = estimate(adapted.model, batch, optimizer=spec.rule)
-    total = sum(p.numel() for p in adapted.model.parameters())
     accounts = [f"train: {data.train.account}", f"eval: {data.valid.account}"]
-    return Preview(config, table, sites, total, accounts, adapted.notes, memory)
+    return Preview(config, table, sites, numel(adapted.model), accounts, adapted.notes, memory)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.core.errors import DataError, Incompatible
+from lorakit.core.events import Scored
 from lorakit.data.encoded import IGNORED
 
 CHUNK = 2**24
@@ -25,7 +26,12 @@ CHUNK = 2**24
 
 # ------------------------------------------------------------------------------------------------------------------ the loss
 def forward_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """(sum of the losses of all supervised labels as an fp32 scalar, their number), for any Transformers model with a head.
+    """(sum of the losses of all supervised labels as an fp32 scalar, their number); see `forward_scored`."""
+    return forward_scored(model, batch)[:2]
+
+
+def forward_scored(model: nn.Module, batch: Mapping[str, Any]) -> Scored:
+    """The summed loss of all supervised labels in fp32, their number, and the logits at them, for any Transformers model with a head.
 
     Causal models predict the next token: labels are shifted here, and positions whose target is ignored never reach the head
     (Transformers' own `logits_to_keep`). Encoder-decoders, masked models and classifiers have one label per output. Floating-point
@@ -47,17 +53,19 @@ def forward_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, in
     compiled = model._compiled_call_impl is not None  # its graph would break at a number of rows that the data decide
     if n < targets[:, 1:].numel() and "logits_to_keep" in _arguments(type(model).forward) and not compiled:
         inputs["logits_to_keep"], targets = kept, targets[kept]  # [n]
-    return _token_loss(model(**inputs).logits, targets), n
+    logits = model(**inputs).logits
+    return Scored(_token_loss(logits, targets), n, logits, None if targets.dim() == 1 else targets != IGNORED)
 
 
-def _aligned_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, int]:
+def _aligned_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Scored:
     """One label per output: no shift."""
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:  # type: ignore[union-attr]
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
     logits = model(**inputs).logits
     if labels.is_floating_point() or logits.shape[-1] == 1:
-        return _value_loss(model, logits, labels), labels.numel()
-    return _token_loss(logits, labels), int((labels != IGNORED).sum())
+        return Scored(_value_loss(model, logits, labels), labels.numel(), logits, None)
+    kept = labels != IGNORED
+    return Scored(_token_loss(logits, labels), int(kept.sum()), logits, kept)
 
 
 def _value_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,35 +1,38 @@
-"""One training run: the loop, its events, and what survives a kill.
+"""One training run: its events, and what survives a kill.
 
-A step: before_forward · micro-batches (summed token losses, backward) · divide by the tokens of all processes · penalties ·
+An ordinary step: before_forward · micro-batches (summed token losses, backward) · divide by the tokens of all processes · penalties ·
 after_backward · clip · optimizer.step · after_step · zero_grad. Dividing once, after the last micro-batch, makes accumulation exact for
-uneven token counts.
+uneven token counts. A method's loop may do other things between before_forward and the end.
 """
 
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from lorakit.core.attach import Adapted
+from lorakit.core.calibrate import Calibration
 from lorakit.core.errors import CheckpointError, Incompatible, LorakitError
-from lorakit.core.events import Step
-from lorakit.data.sampler import Batches
+from lorakit.core.events import MicroBatches, Scored, Step
+from lorakit.core.params import ParamTable
 from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.train.checkpoint import write_checkpoint
 from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import TrainData
 from lorakit.train.distributed import World
-from lorakit.train.evaluate import ALONE, evaluate, to
+from lorakit.train.evaluate import ALONE, evaluate
 from lorakit.train.memory import used_bytes
-from lorakit.train.metrics import forward_loss
+from lorakit.train.metrics import forward_scored
 from lorakit.train.report import MetricsLog, Progress
+from lorakit.train.schedule import rate_of
 from lorakit.train.state import random_state, restore_random, write_state
+from lorakit.train.stream import Stream, calibration
 
 
 @dataclass
@@ -58,14 +61,12 @@ class Run:
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
         per_epoch = len(data.train.items) / self.batch
         self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-        self.table = adapted.params()
-        self.optimizer = (method.optim or AdamW()).build(self.table, lr=config.learning_rate, weight_decay=config.weight_decay)
-        warmup = config.warmup_steps or math.ceil(config.warmup_ratio * self.total)
-        self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.total)
-        self.controllers = [spec.build(adapted, self.total) for spec in method.controllers]
-        self.penalties = method.penalties
-        self.sampler = Batches(len(data.train.items), self.batch, seed=config.seed, rank=world.rank, world=world.size)
-        self.at = Position()
+        self.schedule = rate_of(config, self.total)
+        self.at, self.streams = Position(), list[Stream]()
+        self.method = method
+        self._make_optimizer()
+        self.controllers = [spec.build(self) for spec in method.controllers]
+        self.loop = method.loop.build(self)
         self.history: list[dict[str, Any]] = []
         self.log = MetricsLog(out / "metrics.jsonl") if out and world.main else None
         self.quiet = quiet or not world.main
@@ -108,51 +109,109 @@ class Run:
     def _step(self, progress: Progress) -> dict[str, Any]:
         index, began = self.at.step, time.perf_counter()
         info = Step(index, self.total)
+        self.figures: dict[str, float] = {}
         for controller in self.controllers:
             controller.before_forward(info)
-        nats, tokens = self._gradients(index)
-        for controller in self.controllers:
-            controller.after_backward(info)
-        norm, clip = self._clip()
-        lr = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
-        for controller in self.controllers:
-            controller.after_step(Step(index, self.total, clip))
-        self.optimizer.zero_grad(set_to_none=True)
+        nats, tokens = self.loop.step(info)
         at = self.at
         at.step, at.tokens = index + 1, at.tokens + tokens
         at.window_nats, at.window_tokens = at.window_nats + nats, at.window_tokens + tokens
         speed = tokens / (time.perf_counter() - began)
         progress.advance(loss=nats / max(1, tokens), tokens_per_second=speed, memory=used_bytes())
-        return {"step": at.step, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(speed, 1), "memory": used_bytes()}
+        return {"step": at.step, **self.figures, "tokens_per_second": round(speed, 1), "memory": used_bytes()}
 
-    def _gradients(self, index: int) -> tuple[float, int]:
-        """Mean-loss gradients of one step over all processes, penalties added; returns (summed nats, tokens)."""
-        items = next(self.sampler)
-        size = self.config.per_device_train_batch_size
+    # --- what controllers and loops ask for (core/events.py) -----------------------------------------------------------------
+
+    def stream(self, lo: float = 0.0, hi: float = 1.0) -> Stream:
+        """The training data from the share [lo, hi) of a fixed shuffle, endlessly."""
+        self.streams.append(Stream(self.data.train, self.config, self.world, lo, hi))
+        return self.streams[-1]
+
+    def gradients(self, batches: MicroBatches, info: Step) -> tuple[float, int]:
+        """Add the mean-loss gradients over all processes, and the penalties'; (summed nats, tokens)."""
+        before = [None if row.tensor.grad is None else row.tensor.grad.clone() for row in self.table] if self._grads() else []
+        for row in self.table:
+            row.tensor.grad = None
         nats, tokens = torch.zeros((), dtype=torch.float64), 0
-        for i in range(self.config.gradient_accumulation_steps):
-            micro = [self.data.train.items[k] for k in items[i * size : (i + 1) * size]]
-            batch = to(self.data.train.collate(micro), self.world.device)
-            number = (index * self.config.gradient_accumulation_steps + i) * self.world.size + self.world.rank
-            with self.adapted.given(step=number, seed=self.config.seed):
-                loss, n = forward_loss(self.adapted.model, batch)
+        for i, batch in enumerate(batches):
+            loss, shown, n = self._forward(batch, info, i)
+            if loss.requires_grad:  # a method may leave out the whole backward pass of a step
                 loss.backward()
-            nats, tokens = nats + loss.detach().double().cpu(), tokens + n
-        if index == 0:
+            nats, tokens = nats + shown.double().cpu(), tokens + n
+        if info.index == 0:
             self._check_reached()
         grads = self._grads()
         self.world.sum_(grads)
         total_nats, total_tokens = self.world.total(float(nats), tokens)
         if not math.isfinite(total_nats):
             raise LorakitError(
-                f"the loss is {total_nats} at step {index}; lower learning_rate ({self.config.learning_rate}) or check the data"
+                f"the loss is {total_nats} at step {info.index}; lower learning_rate ({self.config.learning_rate}) or check the data"
             )
-        torch._foreach_mul_(grads, 1 / max(1.0, total_tokens))
-        for penalty in self.penalties:
+        if grads:
+            torch._foreach_mul_(grads, 1 / max(1.0, total_tokens))
+        for penalty in self.method.penalties:
             penalty(self.adapted, self.adapted.context).backward()
+        for row, earlier in zip(self.table, before, strict=False):
+            if earlier is not None:
+                row.tensor.grad = earlier if row.tensor.grad is None else earlier.add_(row.tensor.grad)
         return total_nats, int(total_tokens)
+
+    def _forward(self, batch: Mapping[str, Any], info: Step, i: int) -> tuple[Tensor, Tensor, int]:
+        """(training loss, plain loss, tokens) of the i-th micro-batch, the losses summed over its targets."""
+        number = (info.index * self.config.gradient_accumulation_steps + i) * self.world.size + self.world.rank
+        done: list[Scored] = []
+
+        def score(k: int) -> Scored:
+            with self.adapted.given(step=number, seed=self.config.seed + (k << 32)):
+                done.append(forward_scored(self.adapted.model, batch))
+            return done[-1]
+
+        loss, n = score(0)[:2] if self.method.objective is None else self.method.objective(score, self.adapted)
+        return loss, done[0].loss.detach(), n
+
+    @torch.no_grad()
+    def loss(self, batches: MicroBatches, info: Step) -> tuple[float, int]:
+        """(summed nats, tokens) over all processes, without a graph."""
+        nats = tokens = 0.0
+        for i, batch in enumerate(batches):
+            _, shown, n = self._forward(batch, info, i)
+            nats, tokens = nats + shown.item(), tokens + n
+        nats, tokens = self.world.total(nats, tokens)
+        return nats, int(tokens)
+
+    def update(self, info: Step) -> None:
+        """after_backward, clip, one step of the optimizer at this step's rate, after_step, zero_grad."""
+        for controller in self.controllers:
+            controller.after_backward(info)
+        norm, clip = self._clip()
+        rate = self.schedule(info.index) * math.prod(controller.rate(info) for controller in self.controllers)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        self.optimizer.step()
+        for controller in self.controllers:
+            controller.after_step(Step(info.index, info.total, clip))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.figures = {"learning_rate": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+
+    def calibration(self, batches: int) -> Calibration:
+        """So many batches from the start of the training data (0: all of it), shared among the processes."""
+        return calibration(self.data.train, self.config, self.world, batches)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training items so far, of the first stream."""
+        return self.streams[0].sampler.epoch if self.streams else 0.0
+
+    @property
+    def table(self) -> ParamTable:
+        """The trained parameters as they are now."""
+        return self.adapted.params()
+
+    def _make_optimizer(self) -> None:
+        spec = self.method.optim or AdamW()
+        self.optimizer = spec.build(self.table, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
 
     def _grads(self) -> list[Tensor]:
         return [row.tensor.grad for row in self.table if row.tensor.grad is not None]
@@ -182,7 +241,7 @@ class Run:
         last = at.step >= self.total
         if at.step % config.logging_steps == 0 or last:
             loss = at.window_nats / max(1, at.window_tokens)
-            self._record(row | {"loss": loss, "epoch": round(self.sampler.epoch, 4), "tokens": at.tokens})
+            self._record(row | {"loss": loss, "epoch": round(self.epoch, 4), "tokens": at.tokens})
             at.window_nats, at.window_tokens = 0.0, 0
         if config.eval_steps and at.step % config.eval_steps == 0 and not last:
             self._judge()
@@ -222,9 +281,9 @@ class Run:
             "position": vars(self.at),
             "adapter": self.adapted.tensors(self.name),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "controllers": [c.state_dict() for c in self.controllers],
-            "sampler": self.sampler.state_dict(),
+            "loop": self.loop.state_dict(),
+            "streams": [s.sampler.state_dict() for s in self.streams],
             "random": random_state(),
         }
 
@@ -243,12 +302,15 @@ class Run:
         mine = self.adapted.tensors(self.name)
         if set(mine) != set(state["adapter"]):
             raise CheckpointError("the checkpoint holds another adapter's tensors; resume with the same method and sites")
+        self.adapted.fit(self.name, state["adapter"])
         self.adapted.load_tensors(self.name, state["adapter"])
+        self._make_optimizer()  # for the tensors' present shapes
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         for controller, saved in zip(self.controllers, state["controllers"], strict=True):
             controller.load_state_dict(saved)
-        self.sampler.load_state_dict(state["sampler"])
+        self.loop.load_state_dict(state["loop"])
+        for stream, saved in zip(self.streams, state["streams"], strict=True):
+            stream.sampler.load_state_dict(saved)
         self.at = Position(**state["position"])
         restore_random(state["random"])
         if self.log:

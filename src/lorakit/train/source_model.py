@@ -1,6 +1,6 @@
 """The model and tokenizer of a run: a local folder, a Hub name, or the bundled base."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from lorakit.core.base import BaseSpec
 from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.parts.bases.quantize import quantize, stored_as
 from lorakit.train.config import BUNDLED
 
 CLASSIFY = "sequence-classification"
@@ -62,6 +64,20 @@ def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", la
     except (OSError, ValueError) as error:
         raise BadParameter(f"cannot load a {task} model from {name!r}: {str(error).splitlines()[0]}") from None
     return model.eval()
+
+
+def load_base(
+    name: str, facts: Mapping[str, Any], own: BaseSpec | None, *, task: str, dtype: str | None = None, labels: list[Any] | None = None
+) -> nn.Module:
+    """The base of an adapter that says `facts` of itself, stored as in training; `own`: how its method stores it.
+
+    It is packed in the dtype that it had then, and cast to `dtype` after: packed from other roundings the codes would differ.
+    """
+    stored = facts.get("quantized") or {}
+    trained = facts.get("dtype", "float32")
+    spec = stored_as(stored) or own
+    model = load_model(name, task=task, dtype=stored.get("dtype", trained) if spec else dtype or trained, labels=labels)
+    return model if spec is None else quantize(model, spec).to(getattr(torch, dtype or trained))
 
 
 @contextmanager

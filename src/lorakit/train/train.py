@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.attach import Adapted, attach
 from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.core.events import Calibrated
 from lorakit.core.method import Method, get_method
 from lorakit.data.packable import check_packing, why_not_packable
+from lorakit.parts.bases.nf4_base import NF4Spec
+from lorakit.parts.bases.quantize import quantize
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import Rows, TrainData, prepare, read_rows
@@ -23,6 +26,7 @@ from lorakit.train.report import draw_curve, read_log
 from lorakit.train.run import Result, Run
 from lorakit.train.source_model import CLASSIFY, head_of, load_model, load_tokenizer
 from lorakit.train.state import read_state
+from lorakit.train.stream import calibration
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,11 @@ def build(config: TrainConfig, here: World) -> Parts:
     model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels).to(here.device)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    adapted = attach(model, with_head(config, model, rows.task), seed=config.seed)
-    data = make_data(rows, config, tokenizer, model)
+    method, data = with_head(config, model, rows.task), make_data(rows, config, tokenizer, model)
+    if (spec := NF4Spec() if config.quantize == "nf4" else method.base) is not None:
+        quantize(model, spec)  # before attach, which would keep the original weights
+    shown = calibration(data.train, config, here, method.init.batches) if isinstance(method.init, Calibrated) else None
+    adapted = attach(model, method, seed=config.seed, calibration=shown)
     adapted.meta = describe_run(config, data, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

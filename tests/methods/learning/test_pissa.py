@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakit import Adapter, BadParameter, attach, get_method
 from lorakit.core.method import Recipe
-from lorakit.methods.learning.pissa import principal
+from lorakit.parts.inits.triplets import principal
 from tests.laws.steps import Run
 from tests.laws.subject import awaken, base, batch, far, logits, same_bits, subject
 from tests.methods.tools import gen, layer, normal, teacher

@@ -10,7 +10,7 @@ from lorakit import Adapted, Adapter, BadParameter, attach, get_method
 from lorakit.core.events import Step
 from lorakit.core.method import Recipe
 from lorakit.methods.rank_allocation.adalora import Budget, BudgetSpec, Orthogonal
-from tests.laws.steps import Run
+from tests.laws.steps import Run, idle
 from tests.laws.subject import base, batch, far, logits, same_bits, subject
 from tests.methods.tools import layer, normal, teacher
 
@@ -91,7 +91,7 @@ def test_the_scale_never_changes() -> None:
 
 def test_ties_keep_exactly_the_budget() -> None:
     adapted = subject("adalora", sites=["qv"], **SCHEDULE)
-    budget = BudgetSpec(4, 2, 0, 0, 1, 0.85, 0.85).build(adapted, T)
+    budget = BudgetSpec(4, 2, 0, 0, 1, 0.85, 0.85).build(idle(adapted, T))
     budget.finish()  # no scores at all yet
     assert sum(alive(adapted)) == 2 * 4
 
@@ -104,7 +104,7 @@ def test_scores_on_two_by_two_for_two_steps_in_closed_form() -> None:
     adapted = layer(get_method("adalora", r=2, target_r=1, sites="w"), d_in=2, d_out=2)
     (branch,) = adapted.branches()
     delta, b1, b2 = branch.delta, 0.85, 0.6
-    budget = BudgetSpec(2, 1, 5, 0, 1, b1, b2).build(adapted, 100)
+    budget = BudgetSpec(2, 1, 5, 0, 1, b1, b2).build(idle(adapted, 100))
     values = {
         "A": [[[1.0, 2.0], [3.0, 4.0]], [[1.5, 2.5], [2.0, -1.0]]],
         "B": [[[0.5, -1.0], [1.0, 2.0]], [[1.0, 1.0], [0.0, 3.0]]],
@@ -141,7 +141,7 @@ def test_scores_on_two_by_two_for_two_steps_in_closed_form() -> None:
 def test_scores_see_unclipped_gradients_and_freeze_in_the_last_phase() -> None:
     def after(clip: float, index: int) -> Tensor:
         adapted = subject("adalora", sites="q_proj", **SCHEDULE)
-        (controller,) = (c.build(adapted, T) for c in adapted.methods["default"].controllers)
+        (controller,) = (c.build(idle(adapted, T)) for c in adapted.methods["default"].controllers)
         for p in adapted.params():
             p.tensor.grad = clip * torch.ones_like(p.tensor)
         controller.after_step(Step(index, T, clip))
@@ -244,5 +244,5 @@ def test_a_run_too_short_for_its_schedule_is_refused() -> None:
     adapted = subject("adalora", tinit=10, tfinal=10)
     (spec,) = adapted.methods["default"].controllers
     with pytest.raises(BadParameter, match="leave no step of this run's 20"):
-        spec.build(adapted, 20)
-    assert isinstance(spec.build(adapted, 21), Budget)
+        spec.build(idle(adapted, 20))
+    assert isinstance(spec.build(idle(adapted, 21)), Budget)

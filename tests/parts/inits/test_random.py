@@ -18,7 +18,7 @@ EMBEDDING = Site("e", "embedding", 256, 192, None, "embed")
 
 def started(init: object, site: Site = SITE, *, r: int = 64, dtype: torch.dtype = torch.float32) -> LowRank:
     spec = LowRankSpec(Rank.of(r, 8.0), gate=True, train=("A", "B", "g"))
-    delta = spec.build(site, dtype=dtype, device=torch.device("cpu"))
+    delta = spec.build(site, pool=None, dtype=dtype, device=torch.device("cpu"))
     host = torch.nn.Linear(256, 192) if site is SITE else torch.nn.Embedding(256, 192)
     init(delta, base_of(host), site, random.generator(0, site.name))
     return delta

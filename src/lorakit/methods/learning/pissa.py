@@ -16,7 +16,6 @@ References: arXiv:2404.02948; survey 3.3.1.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lorakit.core.base import Base
 from lorakit.core.delta import Delta
@@ -26,6 +25,7 @@ from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
 from lorakit.core.site import Site, Where
 from lorakit.parts.inits.random import set_
+from lorakit.parts.inits.triplets import principal
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,6 @@ class Principal:
         for tensors, value in (((delta.A, delta.A0), root[:, None] * Vh), ((delta.B, delta.B0), U * root)):
             for tensor in tensors:
                 set_(tensor, value)
-
-
-def principal(W: Tensor, r: int, niter: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [d_out, r], S [r], Vᵀ [r, d_in]) of the r largest triplets, at least in fp32; randomized with niter > 0."""
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    if niter == 0:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return U[:, :r], S[:r], Vh[:r]
-    # Halko, Martinsson, Tropp (2011): r + 8 test vectors drawn from our generator, orthonormalized between the iterations
-    Q = torch.empty(W.shape[1], min(r + 8, min(W.shape)), dtype=W.dtype).normal_(generator=rng)
-    Q = torch.linalg.qr(W @ Q).Q
-    for _ in range(niter):
-        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-    return (Q @ U)[:, :r], S[:r], Vh[:r]
 
 
 @method("pissa", paper="arXiv:2404.02948", survey="3.3.1", kind="init")

@@ -27,7 +27,7 @@ from torch import Tensor
 from lorakit.core.attach import Adapted
 from lorakit.core.context import Ctx
 from lorakit.core.errors import BadParameter
-from lorakit.core.events import Controller, Step
+from lorakit.core.events import Controller, Run, Step
 from lorakit.core.lowrank import LowRank, LowRankSpec
 from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
@@ -68,10 +68,12 @@ class BudgetSpec:
         if self.delta_t < 1 or self.tinit < 0 or self.tfinal < 0:
             raise BadParameter(f"delta_t={self.delta_t} must be at least 1, tinit={self.tinit} and tfinal={self.tfinal} at least 0")
 
-    def build(self, adapted: Adapted, total: int) -> "Budget":
-        if self.tinit + self.tfinal >= total:
-            raise BadParameter(f"tinit={self.tinit} + tfinal={self.tfinal} leave no step of this run's {total} for allocating the budget")
-        return Budget(self, [b.delta for b in adapted.branches() if isinstance(b.delta, LowRank) and b.delta.g is not None], total)
+    def build(self, run: Run) -> "Budget":
+        if self.tinit + self.tfinal >= run.total:
+            late = f"tinit={self.tinit} + tfinal={self.tfinal}"
+            raise BadParameter(f"{late} leave no step of this run's {run.total} for allocating the budget")
+        gated = [b.delta for b in run.adapted.branches() if isinstance(b.delta, LowRank) and b.delta.g is not None]
+        return Budget(self, gated, run.total)
 
     def at(self, t: int, total: int, n: int) -> int:
         """b(t) for n sites."""

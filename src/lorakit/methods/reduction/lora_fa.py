@@ -13,16 +13,16 @@ References: arXiv:2308.03303; survey 5.1.1. Version 1's equations are stated fro
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from lorakit.core.attach import Adapted
-from lorakit.core.events import Controller, Step
+from lorakit.core.events import Controller, Run, Step
 from lorakit.core.lowrank import LowRank, LowRankSpec
 from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
-from lorakit.core.site import Where
+from lorakit.core.site import STACKS, Kind, Where
 from lorakit.parts.inits.random import Kaiming
 from lorakit.parts.optimizers.adamw import AdamW
 
@@ -41,9 +41,9 @@ class Correction(Controller):
 
 
 def corrected(grad: torch.Tensor, A: torch.Tensor, s: float) -> torch.Tensor:
-    """g_B (A Aᵀ)⁻¹ / s² for g_B [d_out, r], A [r, d_in]; a tiny ridge keeps a rank-deficient A solvable."""
-    gram = A @ A.T
-    ridge = 1e-8 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    """g_B (A Aᵀ)⁻¹ / s² for g_B [.., d_out, r], A [.., r, d_in]; a tiny ridge keeps a rank-deficient A solvable."""
+    gram = A @ A.mT
+    ridge = 1e-8 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + ridge, grad, left=False) / s**2  # type: ignore[no-any-return]
 
 
@@ -51,10 +51,11 @@ def corrected(grad: torch.Tensor, A: torch.Tensor, s: float) -> torch.Tensor:
 class CorrectionSpec:
     """Builds the gradient correction of a run."""
 
+    kinds: ClassVar[frozenset[Kind]] = STACKS
     requires: frozenset[str] = frozenset({"factors"})
 
-    def build(self, adapted: Adapted, total: int) -> Controller:
-        return Correction(adapted)
+    def build(self, run: Run) -> Controller:
+        return Correction(run.adapted)
 
 
 @method("lora_fa", paper="arXiv:2308.03303", survey="5.1.1", kind="frozen factor")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from lorakit.core.base import Base
 from lorakit.core.delta import Delta
 from lorakit.core.errors import BadParameter
-from lorakit.core.site import Site
+from lorakit.core.site import STACKS, Kind, Site
 
 
 def set_(tensor: Tensor, values: Tensor) -> None:
@@ -28,6 +28,7 @@ def normal(like: Tensor, std: float, rng: torch.Generator) -> Tensor:
 class Kaiming:
     """A ~ U(±1/√d_in), B = 0 (loralib, PEFT); at an embedding A = 0, B ~ N(0, 1), as both do there, or the reverse where only B learns."""
 
+    kinds: ClassVar[frozenset[Kind]] = STACKS
     embedding: Literal["A", "B"] = "B"
     requires: frozenset[str] = frozenset({"factors"})
 
@@ -44,6 +45,7 @@ class Kaiming:
 class OneSided:
     """Init[A]: A ~ N(0, 1/d_in), B = 0. Init[B]: A = 0, B ~ N(0, 1/r). arXiv:2406.08447, section 2."""
 
+    kinds: ClassVar[frozenset[Kind]] = STACKS
     factor: Literal["A", "B"]
     requires: frozenset[str] = frozenset({"factors"})
 
@@ -52,7 +54,7 @@ class OneSided:
             raise BadParameter(f"init={self.factor!r}; expected 'A' (A random, B zero) or 'B' (A zero, B random)")
 
     def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
-        fan_in = site.d_in if self.factor == "A" else delta.B.shape[1]  # type: ignore[index]
+        fan_in = site.d_in if self.factor == "A" else delta.B.shape[-1]  # type: ignore[index]
         tensor: Tensor = getattr(delta, self.factor)
         set_(tensor, normal(tensor, 1 / math.sqrt(fan_in), rng))
 

@@ -1,7 +1,7 @@
 """AdamW over a parameter table, with learning rates by role.
 
-A group's rate is the run's rate times its multiplier, so that schedules act on all groups alike; biases and vectors get no weight decay
-from a multiplier's group: decay is one number, and 0 by default.
+A group's rate is the run's rate times its multiplier, so that schedules act on all groups alike. Weight decay is one number, 0 by default,
+and a role has it or not.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from typing import ClassVar
 import torch
 
 from lorakit.core.params import Param, ParamTable
+from lorakit.core.site import STACKS, Kind
 
 
 @dataclass(frozen=True)
 class AdamW:
     """torch.optim.AdamW. `ratios`: (role, multiplier) pairs; `embedding_lr`: a fixed rate for embedding sites (LoRA+), None for the
-    run's."""
+    run's; `undecayed`: roles without weight decay."""
 
+    kinds: ClassVar[frozenset[Kind]] = STACKS
     rule: ClassVar[str] = "adamw"
     """The optimizer's row in the memory estimator's table of states."""
 
@@ -24,13 +26,15 @@ class AdamW:
     eps: float = 1e-8
     ratios: tuple[tuple[str, float], ...] = ()
     embedding_lr: float | None = None
+    undecayed: tuple[str, ...] = ()
 
     def build(self, table: ParamTable, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-        """One group per rate, in the table's order."""
+        """One group per rate and decay, in the table's order."""
+        kinds = table.groups(lambda p: (self.rate(p, lr), 0.0 if p.role in self.undecayed else weight_decay))
         groups = [
-            {"params": [p.tensor for p in rows], "lr": rate, "names": [p.name for p in rows]}
-            for rate, rows in table.groups(lambda p: self.rate(p, lr)).items()
-        ]  # fmt: skip
+            {"params": [p.tensor for p in rows], "lr": rate, "weight_decay": decay, "names": [p.name for p in rows]}
+            for (rate, decay), rows in kinds.items()
+        ]
         return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, weight_decay=weight_decay)
 
     def rate(self, param: Param, lr: float) -> float:

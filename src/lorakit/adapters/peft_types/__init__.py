@@ -1,0 +1,13 @@
+"""PEFT's types of adapter that lorakit reads and writes, one file each. A new type is a file and a line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorakit.adapters.peft_type import PeftType, Writer
+from lorakit.adapters.peft_types.adalora import AdaLora
+from lorakit.adapters.peft_types.lora import Lora
+
+TYPES: Mapping[str, PeftType[Any]] = {kind.table.name: kind for kind in (Lora(), AdaLora())}
+"""By peft_type."""
+NATIVE: Mapping[str, Writer] = {recipe: form for kind in TYPES.values() for recipe, form in kind.table.native.items()}
+"""By recipe: PEFT's own form of a method. One that gives None leaves the adapter to the plain form."""

@@ -1,0 +1,1 @@
+"""The baselines of the LoRA paper: modules, prefixes, biases."""

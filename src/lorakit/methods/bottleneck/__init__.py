@@ -1,0 +1,1 @@
+"""Survey 3.1: the low-rank bottleneck."""

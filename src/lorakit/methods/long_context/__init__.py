@@ -1,0 +1,1 @@
+"""Longer texts than the base was trained on."""

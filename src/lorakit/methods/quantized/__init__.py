@@ -1,0 +1,1 @@
+"""Survey 5.2: quantization."""

@@ -1,0 +1,1 @@
+"""Survey 5.1.3: parameter sharing."""

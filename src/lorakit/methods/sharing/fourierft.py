@@ -1,0 +1,198 @@
+"""FourierFT: a few entries of the update's discrete Fourier spectrum.
+
+    F = 0 except F[E] = c        ΔW = scaling · Re ifft2(F)        F: d_out × d_in, c: n_frequency trained values
+    y = W x + ΔW x + bias        ifft2 divides by d_out · d_in
+
+One entry at (u, v) is a plane wave: ΔW[p, q] = scaling / (d_out d_in) · c · cos 2π (u p / d_out + v q / d_in), of rank 2. As only the real
+part counts, the entries (u, v) and (−u, −v) are the same wave: their coefficients add up.
+The places E are drawn without replacement from `entry_seed` and are the same at all sites of one shape, so the adapter's file holds c
+alone. They are PEFT's for the same seed, bit for bit, and so is ΔW in fp32.
+ΔW is formed in every forward, in O(d² log d), and again in backward instead of being kept: merge before generating at length.
+Trained: c, n_frequency values a site whatever its shape (`n_frequency_pattern`: other numbers at sites whose name ends in a match of the
+regex). `init` normal: c ~ N(0, 1), which changes the output from the start, by a lot where the matrices are small; zero: the base's
+output, and full gradients, as ΔW is linear in c. Dropout is not defined for it.
+Defaults: PEFT's (n_frequency 1000, scaling 150, entry_seed 777, init normal). The paper's scripts: scaling 110 for RoBERTa, 300 for LLaMA,
+with learning rates of 0.05 to 0.09.
+References: arXiv:2405.03003; survey 5.1.3.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.base import Base
+from lorakit.core.context import Ctx
+from lorakit.core.delta import Delta, DeltaSpec
+from lorakit.core.errors import BadParameter
+from lorakit.core.method import Method, method
+from lorakit.core.scale import check_pattern, frozen, lookup
+from lorakit.core.shared import Shared
+from lorakit.core.site import Site, Where
+from lorakit.ops import reference as ops
+from lorakit.parts.inits.random import normal, set_
+
+
+@functools.lru_cache(maxsize=8)
+def places(d_out: int, d_in: int, n: int, seed: int) -> Tensor:
+    """E as n distinct flat positions in a d_out × d_in matrix, row by row."""
+    return torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(seed))[:n].clone()
+
+
+# Custom operations, because inductor has no code for complex numbers. Each is the other's adjoint.
+@torch.library.custom_op("lorakit::spectral_wave", mutates_args=())
+def wave(c: Tensor, at: Tensor, d_out: int, d_in: int) -> Tensor:
+    """Re ifft2 of the matrix that is c at the places `at` and zero elsewhere: d_out × d_in."""
+    F = c.new_zeros(d_out * d_in).index_copy(0, at, c).view(d_out, d_in)
+    W: Tensor = torch.fft.ifft2(F).real.contiguous()
+    return W
+
+
+@torch.library.custom_op("lorakit::spectral_read", mutates_args=())
+def read(G: Tensor, at: Tensor) -> Tensor:
+    """Re fft2(G) at the places `at`, over the size of G: the gradient by c where G is that by the wave."""
+    g: Tensor = torch.fft.fft2(G).real.flatten()[at] / G.numel()
+    return g
+
+
+@wave.register_fake
+def _(c: Tensor, at: Tensor, d_out: int, d_in: int) -> Tensor:
+    return c.new_empty(d_out, d_in)
+
+
+@read.register_fake
+def _(G: Tensor, at: Tensor) -> Tensor:
+    return G.new_empty(at.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.shape = inputs[0].shape
+
+
+wave.register_autograd(lambda ctx, G: (read(G, *ctx.saved_tensors), None, None, None), setup_context=_keep)
+read.register_autograd(lambda ctx, g: (wave(g, *ctx.saved_tensors, *ctx.shape), None), setup_context=_keep)
+
+
+@torch.library.custom_op("lorakit::spectral_project", mutates_args=())
+def project(x: Tensor, c: Tensor, at: Tensor, d_out: int, d_in: int, s: float) -> Tensor:
+    """x ΔWᵀ. Backward forms ΔW again from c: kept, the dense matrices of all sites would cost as much as the model."""
+    dtype = x.dtype if x.is_floating_point() else c.dtype
+    return ops.project(x, (wave(c, at, d_out, d_in) * s).to(dtype))
+
+
+@project.register_fake
+def _(x: Tensor, c: Tensor, at: Tensor, d_out: int, d_in: int, s: float) -> Tensor:
+    lead = x.shape[:-1] if x.is_floating_point() else x.shape
+    return x.new_empty(*lead, d_out, dtype=x.dtype if x.is_floating_point() else c.dtype)
+
+
+def _keep_for_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, d_out, d_in, ctx.s = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.shape = (d_out, d_in)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, c, at = ctx.saved_tensors
+    dx = dy @ (wave(c, at, *ctx.shape) * ctx.s).to(dy.dtype) if ctx.needs_input_grad[0] else None
+    rows = dy.reshape(-1, dy.shape[-1])  # [tokens, d_out]
+    if x.is_floating_point():
+        G = rows.T @ x.reshape(-1, x.shape[-1])
+    else:
+        G = rows.new_zeros(ctx.shape[::-1]).index_add(0, x.flatten(), rows).T
+    return dx, read(G.to(c.dtype), at) * ctx.s, None, None, None, None
+
+
+project.register_autograd(_backward, setup_context=_keep_for_project)
+
+
+class Spectral(Delta):
+    """One site's coefficients c [n] and their places."""
+
+    trains = frozenset({"c"})
+    at: Tensor
+
+    def __init__(self, site: Site, spec: "SpectralSpec", *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.shape, self.s, self.provides = (site.d_out, site.d_in), spec.scaling, spec.provides
+        n = spec.at(site)
+        self.c = nn.Parameter(torch.zeros(n, dtype=dtype, device=device))
+        self.register_buffer("at", places(*self.shape, n, spec.seed).to(device, copy=True), persistent=False)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+        y: Tensor = project(x, self.c, self.at, *self.shape, self.s)
+        return y
+
+    def weight(self) -> Tensor:
+        W: Tensor = wave(self.c, self.at, *self.shape)
+        return W * self.s
+
+    def bound(self) -> int:
+        return min(2 * len(self.c), *self.shape)
+
+
+@dataclass(frozen=True)
+class SpectralSpec(DeltaSpec):
+    """How many coefficients, at which sites other numbers, their scale, and the seed of their places."""
+
+    n: int
+    scaling: float
+    seed: int
+    pattern: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"spectrum"})
+
+    def build(self, site: Site, *, pool: Shared | None, dtype: torch.dtype, device: torch.device) -> Spectral:
+        return Spectral(site, self, dtype=dtype, device=device)
+
+    def at(self, site: Site) -> int:
+        """Coefficients at a site. Raises BadParameter when there are more than entries."""
+        n = lookup(self.pattern, site.name, self.n)
+        if not 1 <= n <= site.d_out * site.d_in:
+            raise BadParameter(
+                f"n_frequency={n} is not possible at site {site.name!r} ({site.d_out} × {site.d_in}); "
+                f"use 1 to {site.d_out * site.d_in}, or an n_frequency_pattern entry for this site"
+            )
+        return n
+
+    def check(self, sites: Sequence[Site]) -> None:
+        check_pattern(self.pattern, sites)
+        for site in sites:
+            self.at(site)
+
+    def count(self, site: Site) -> int:
+        return self.at(site)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """c ~ N(0, 1), or zero."""
+
+    init: Literal["normal", "zero"]
+    requires: frozenset[str] = frozenset({"spectrum"})
+
+    def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
+        assert isinstance(delta, Spectral)
+        if self.init == "normal":
+            set_(delta.c, normal(delta.c, 1.0, rng))
+
+
+@method("fourierft", paper="arXiv:2405.03003", survey="5.1.3", kind="spectrum")
+def fourierft(
+    n_frequency: int = 1000,
+    scaling: float = 150.0,
+    sites: Where = "all-linear",
+    init: Literal["normal", "zero"] = "normal",
+    entry_seed: int = 777,
+    n_frequency_pattern: dict[str, int] | None = None,
+    unfreeze: tuple[str, ...] = (),
+) -> Method:
+    """The update as a few trained entries of its Fourier spectrum, at places that all sites of one shape share."""
+    spec = SpectralSpec(n_frequency, scaling, entry_seed, frozen(n_frequency_pattern))
+    return Method(spec, Coefficients(init), sites=sites, unfreeze=unfreeze, identity=init == "zero")

@@ -1,0 +1,88 @@
+"""x Wᵀ and x W of a packed W, decoded a tile of rows at a time: no dense W is ever whole, and backward keeps the codes alone.
+
+They are one operation with two orientations, each the other's gradient. As an operation of torch's own it is opaque to a compiler, which
+could otherwise join the decoding of forward and backward and keep the dense W between them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.parts.bases.packed import Layout, Packed
+
+
+@torch.library.custom_op("lorakit::nf4_matmul", mutates_args=())
+def nf4_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    d_out: int,
+    d_in: int,
+    dtype: torch.dtype,
+    blocksize: int,
+    transposed: bool,
+) -> Tensor:
+    """[.., d_in] -> x Wᵀ [.., d_out]; `transposed`: [.., d_out] -> x W [.., d_in]."""
+    packed, layout = Packed(codes, scales, nested), Layout(d_out, d_in, dtype, blocksize, nested is not None)
+    flat = x.reshape(-1, x.shape[-1])
+    out = (_x_W if transposed else _x_Wt)(flat, packed, layout)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _x_Wt(x: Tensor, packed: Packed, layout: Layout) -> Tensor:
+    tiles = layout.tiles(x.device)
+    if len(tiles) == 1:
+        return x @ packed.rows(layout, *tiles[0]).to(x.dtype).T
+    out = x.new_empty(len(x), layout.d_out)
+    for a, b in tiles:
+        out[:, a:b] = x @ packed.rows(layout, a, b).to(x.dtype).T
+    return out
+
+
+def _x_W(x: Tensor, packed: Packed, layout: Layout) -> Tensor:
+    tiles = layout.tiles(x.device)
+    if len(tiles) == 1:
+        return x @ packed.rows(layout, *tiles[0]).to(x.dtype)
+    total = x.new_zeros(len(x), layout.d_in, dtype=torch.promote_types(x.dtype, torch.float32))
+    for a, b in tiles:
+        total += x[:, a:b] @ packed.rows(layout, a, b).to(x.dtype)
+    return total.to(x.dtype)
+
+
+@nf4_matmul.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], d_in if rest[-1] else d_out)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scales, nested, *ctx.rest, ctx.transposed = inputs
+    ctx.save_for_backward(codes, scales, nested)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = nf4_matmul(dy, *ctx.saved_tensors, *ctx.rest, not ctx.transposed) if ctx.needs_input_grad[0] else None
+    return dx, *[None] * 8
+
+
+nf4_matmul.register_autograd(_gradient, setup_context=_remember)
+
+
+@nf4_matmul.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    if any(d is not None for d in in_dims[1:]):
+        raise NotImplementedError("vmap over packed weights: only x can be batched")
+    return nf4_matmul(x.movedim(in_dims[0] or 0, 0), *rest), 0
+
+
+@torch.library.custom_op("lorakit::nf4_dense", mutates_args=())
+def nf4_dense(codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, dtype: torch.dtype, blocksize: int) -> Tensor:
+    """W whole: [d_out, d_in]."""
+    packed, layout = Packed(codes, scales, nested), Layout(d_out, d_in, dtype, blocksize, nested is not None)
+    return packed.rows(layout, 0, d_out)
+
+
+@nf4_dense.register_fake
+def _(codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, dtype: torch.dtype, blocksize: int) -> Tensor:
+    return codes.new_empty(d_out, d_in, dtype=dtype)

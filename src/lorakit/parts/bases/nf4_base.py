@@ -1,0 +1,112 @@
+"""NF4 as a base: what deltas and combines see of a packed weight, and the value by which a method or `lorakit.quantize` asks for one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.base import Dense, Transposed, base_of
+from lorakit.core.errors import BadParameter, Incompatible
+from lorakit.core.site import Where
+from lorakit.parts.bases.host import Held, decoded, enter, held, leave, packed_in, product
+from lorakit.parts.bases.nf4 import BLOCKSIZES
+from lorakit.parts.bases.packed import Layout
+
+
+class NF4:
+    """A packed W. What is assigned to it stays dense: on the grid again it would lose every change that is smaller than a level."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.plain = (Transposed if self.held.transposed else Dense)(module)
+
+    @property
+    def held(self) -> Held:
+        return held(self.module)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        packed = packed_in(self.module)
+        return self.plain.matmul(x) if packed is None else product(self.module, packed, x)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        packed = packed_in(self.module)
+        return self.plain.matmul_t(dy) if packed is None else product(self.module, packed, dy, transposed=True)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        packed = packed_in(self.module)
+        return self.plain.dense(dtype) if packed is None else decoded(self.module, packed).to(dtype or self.dtype)
+
+    def assign_(self, weight: Tensor) -> None:
+        kept = self.plain.kept if self.plain.kept is not None else self.plain.weight
+        stored = (weight.T if self.held.transposed else weight).to(device=self.device, dtype=self.dtype, copy=True)
+        self.module.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+        self.plain.kept = kept
+
+    def shift_(self, change: Tensor) -> None:
+        self.plain.shift_(change)
+
+    def restore_(self) -> None:
+        self.plain.restore_()
+
+    def forget_(self) -> None:
+        self.plain.forget_()
+
+    def expand_(self) -> None:
+        if packed_in(self.module) is not None:
+            self.assign_(self.dense())
+            self.forget_()
+        leave(self.module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.plain.bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.held.layout.d_out, self.held.layout.d_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.held.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
+
+@dataclass(frozen=True)
+class NF4Spec:
+    """Store linear weights in NF4. `double_quant`: the scales too in one byte (4.127 bits a parameter, else 4.5); `sites`: which ones, by
+    default all linear layers but heads, as the paper does, whichever of them are adapted."""
+
+    double_quant: bool = True
+    blocksize: int = 64
+    sites: Where = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.blocksize not in BLOCKSIZES:
+            raise BadParameter(f"blocksize={self.blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
+
+    def store(self, module: nn.Module, *, keep: bool = True) -> Callable[[], None]:
+        base: Any = base_of(module)
+        d_out, d_in = base.shape
+        layout = Layout(d_out, d_in, base.dtype, self.blocksize, self.double_quant)
+        if isinstance(base, NF4):
+            return _as_it_is(base.held.layout, layout)
+        if not isinstance(base, Dense | Transposed):
+            raise Incompatible(f"{type(module).__name__} is stored as {type(base).__name__}: only plain linear weights can become NF4")
+        enter(module, layout, NF4, keep=keep)
+        return partial(leave, module)
+
+
+def _as_it_is(found: Layout, wanted: Layout) -> Callable[[], None]:
+    """The undo of nothing. Raises Incompatible for NF4 of another kind."""
+    if (found.blocksize, found.double_quant) != (wanted.blocksize, wanted.double_quant):
+        raise Incompatible(
+            f"the base is stored as NF4 with blocksize {found.blocksize} and double_quant {found.double_quant}; "
+            f"this asks for {wanted.blocksize} and {wanted.double_quant}: give the same"
+        )
+    return lambda: None

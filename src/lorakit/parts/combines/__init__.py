@@ -1,0 +1,1 @@
+"""How a delta meets the frozen output, where two or more methods share it."""

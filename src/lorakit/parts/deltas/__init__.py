@@ -1,0 +1,1 @@
+"""Trained changes of a site that two or more methods share."""

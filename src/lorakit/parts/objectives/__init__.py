@@ -1,0 +1,1 @@
+"""How the training loss of a micro-batch is made of several forwards of it."""

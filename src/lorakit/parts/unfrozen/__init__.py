@@ -1,0 +1,1 @@
+"""What is trained whole beside the deltas, where a name cannot say it."""
