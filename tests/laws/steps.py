@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit import Adapted
 from lorakit.core.calibrate import Calibration
-from lorakit.core.events import Controller, Scored, Step
+from lorakit.core.events import Controller, Scored, Step, Task
 from lorakit.parts.optimizers.adamw import AdamW
 from tests.laws.subject import batch, calibration, loss_of
 
@@ -56,6 +56,8 @@ class Run:
         self.loop = self.method.loop.build(self)
         for c in self.controllers:
             c.start()
+        for c in self.controllers:
+            c.before_task(Task(0, 1))
 
     def _make_optimizer(self) -> None:
         self.optimizer: torch.optim.Optimizer = (self.method.optim or AdamW()).build(self.adapted.params(), lr=self.lr)
@@ -128,6 +130,10 @@ class Run:
             c.after_step(Step(info.index, info.total, factor))
         self.optimizer.zero_grad()
 
+    def total_(self, tensor: Tensor) -> None:
+        if self.reduce is not None:
+            self.reduce([tensor])
+
     def calibration(self, batches: int) -> Calibration:
         return calibration(batches or 8)
 
@@ -137,6 +143,8 @@ class Run:
         return self
 
     def finish(self) -> Adapted:
+        for c in self.controllers:
+            c.after_task(Task(0, 1))
         for c in self.controllers:
             c.finish()
         self.adapted.model.eval()

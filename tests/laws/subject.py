@@ -13,7 +13,20 @@ from lorakit.core.calibrate import Calibration
 from lorakit.data.tiny import tiny_model
 from lorakit.parts.bases.quantize import quantize
 
-SMALL: dict[str, Any] = {"r": 4, "period": 2, "warmup": 1, "target_r": 3, "p_target": 0.3, "tokens": 3, "n_frequency": 6, "factor_in": 16, "rho": 1.0}  # rho 1: EVA's ranks follow from no data
+SMALL: dict[str, Any] = {
+    "r": 4,
+    "period": 2,
+    "warmup": 1,
+    "target_r": 3,
+    "p_target": 0.3,
+    "sensitivity": False,
+    "tokens": 3,
+    "n_frequency": 6,
+    "vector_length": 8,
+    "num_vectors": 12,
+    "factor_in": 16,
+    "rho": 1.0,
+}  # rho 1: EVA's ranks follow from no data
 
 
 def small(name: str, **more: Any) -> Method:

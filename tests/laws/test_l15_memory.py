@@ -38,11 +38,18 @@ def hypercomplex(branch: Branch, dropout: bool) -> int:
     return module(branch, dropout) + 4 * n * n * rho
 
 
+def hidden(branch: Branch, dropout: bool) -> int:
+    """As LoRA, and the mask of what enters a down projection."""
+    return branch.site.d_in * (1 + dropout + (branch.site.role == "down")) + branch.delta.bound()
+
+
 DECLARED: dict[str, Callable[[Branch, bool], int]] = {
+    "hiddenkey": hidden,
     "fourierft": lambda branch, dropout: branch.site.d_in,  # and never ΔW
     "krona": kronecker,
     **dict.fromkeys(("adapter_houlsby", "adapter_pfeiffer", "mam_parallel"), module),
     "compacter": hypercomplex,
+    "vb_lora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # as LoRA
 }
 
 

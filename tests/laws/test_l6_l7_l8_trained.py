@@ -32,7 +32,7 @@ def check_L7(name: str) -> None:
         assert names
         assert len(names) == len(declared) == len(adapted.params())
         before = everything(adapted.model)
-        run.steps(3)
+        run.steps(4)
         for branch in adapted.branches():
             branch.expel()  # what a base has absorbed is the adapter's
         after = everything(adapted.model)

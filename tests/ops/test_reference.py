@@ -46,3 +46,16 @@ def test_row_norm_of_a_sum_that_cancels_is_zero_and_never_nan() -> None:
     found = ops.row_norm(W.square().sum(1), W @ A.T, A, B, 1.0)
     assert found.isfinite().all()
     assert found.max() < 1e-2
+
+
+@settings(deadline=None)
+@given(SIZES, st.floats(-4, 4))
+def test_kronecker_is_the_dense_product_in_either_order(sizes: tuple[int, int, int, int], s: float) -> None:
+    b1, b2, a2, seed = sizes
+    a1 = 1 + seed % 9
+    gen = torch.Generator().manual_seed(seed)
+    w1, w2, x = (torch.randn(shape, generator=gen, dtype=torch.float64) for shape in ((a1, a2), (b1, b2), (2, 3, a2 * b2)))
+    dense = s * torch.kron(w1, w2)
+    torch.testing.assert_close(ops.kronecker(x, w1, w2, s), x @ dense.T)
+    ids = torch.randint(a2 * b2, (2, 3), generator=gen)
+    torch.testing.assert_close(ops.kronecker(ids, w1, w2, s), dense.T[ids])

@@ -24,9 +24,9 @@ class Pair:
 
     kind: Kind
     A: Tensor
-    """r × d_in."""
+    """r × d_in; at experts E × r × d_in."""
     B: Tensor
-    """d_out × r."""
+    """d_out × r; at experts E × d_out × r."""
     s: float
     E: Tensor | None = None
     """r × 1."""
@@ -36,7 +36,7 @@ class Pair:
     @property
     def r(self) -> int:
         """The rank of the pair."""
-        return int(self.A.shape[0])
+        return int(self.A.shape[-2])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -62,19 +62,19 @@ def change(adapter: Adapter, site: Site, delta: Delta, model: nn.Module | None) 
 
 def seen(model: nn.Module, site: Site, delta: Delta) -> Base:
     """The base as the site sees it: of a fused weight, its own rows."""
-    return Branch(site, base_of(model.get_submodule(site.module)), delta, Add()).base
+    return Branch(site, base_of(model.get_submodule(site.module), site.attribute), delta, Add()).base
 
 
 def by_module(found: list[tuple[Site, Pair]], model: nn.Module | None) -> tuple[dict[str, Pair], bool]:
     """One pair a module, and whether no scale had to be moved into B for it."""
     groups: dict[str, list[tuple[Site, Pair]]] = {}
     for site, pair in found:
-        groups.setdefault(site.module, []).append((site, pair))
+        groups.setdefault(site.whole, []).append((site, pair))
     even = all(len({pair.s for _, pair in group}) == 1 for group in groups.values())
-    return {module: _joined(module, group, model) for module, group in groups.items()}, even
+    return {name: _joined(group, model) for name, group in groups.items()}, even
 
 
-def _joined(module: str, group: list[tuple[Site, Pair]], model: nn.Module | None) -> Pair:
+def _joined(group: list[tuple[Site, Pair]], model: nn.Module | None) -> Pair:
     (first, pair), *others = group
     if first.rows is None and not others:
         return pair
@@ -82,15 +82,15 @@ def _joined(module: str, group: list[tuple[Site, Pair]], model: nn.Module | None
         raise NotExportable(
             f"{first.name} is part of a fused weight, which PEFT adapts as a whole: give the model (--model) to know its shape"
         )
-    base = base_of(model.get_submodule(module))
+    base = base_of(model.get_submodule(first.module), first.attribute)
     s = max((p.s for _, p in group), key=abs) or 1.0
-    B = torch.cat([_spread(p.B * (p.s / s), site, base.shape[0]) for site, p in group], dim=1)
+    B = torch.cat([_spread(p.B * (p.s / s), site, base.shape[0]) for site, p in group], dim=-1)
     m = None
     if pair.m is not None:  # rows of no part keep their own norm
         m = base.dense(torch.float32).norm(dim=1).cpu()
         for site, p in group:
             m[rows_of(site)] = p.m
-    return Pair(pair.kind, torch.cat([p.A for _, p in group]), B, s, m=m)
+    return Pair(pair.kind, torch.cat([p.A for _, p in group], dim=-2), B, s, m=m)
 
 
 def rows_of(site: Site) -> Tensor:
@@ -99,5 +99,5 @@ def rows_of(site: Site) -> Tensor:
 
 
 def _spread(B: Tensor, site: Site, d_out: int) -> Tensor:
-    """B of a part as B of the whole: [d_out, r]."""
-    return torch.zeros(d_out, B.shape[1]).index_copy(0, rows_of(site), B)
+    """B of a part as B of the whole: [.., d_out, r]."""
+    return torch.zeros(*B.shape[:-2], d_out, B.shape[-1]).index_copy(-2, rows_of(site), B)

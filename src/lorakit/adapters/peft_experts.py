@@ -11,52 +11,59 @@ PEFT wraps a module once for each of its adapted weights, the last declared oute
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorakit.adapters.peft_names import PREFIX, matches_entry
 from lorakit.core.errors import AdapterMismatch, CheckpointError
-from lorakit.core.site import Site
+from lorakit.core.site import Site, sites_of
 
 WRAPPED = ".base_layer"
+ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 SINCE = (0, 19)
 BEFORE = "0.18.1"
 """A version that wrote the layout before."""
 
 Matrices = tuple[Tensor, Tensor]
 """lora_A and lora_B as they are in the file."""
+Stacks = Mapping[Site, bool]
+"""Whole stacked weights, in the order of declaration, and whether each is stored [E, d_in, d_out]."""
 
 
-def pack(A: Tensor, B: Tensor, *, flipped: bool) -> Matrices:
+def stacks_of(model: nn.Module | None, sites: Sequence[Site]) -> Stacks:
+    """The model's stacked weights; without a model those among an adapter's sites."""
+    if model is None:
+        return {site: False for site in sites if site.experts is not None}
+    whole = [site for site in sites_of(model) if site.experts is not None and site.rows is None]
+    return {site: bool(model.get_submodule(site.module).is_transposed) for site in whole}
+
+
+# --------------------------------------------------------------------------------------------------------------------- the matrices
+def pack(A: Tensor, B: Tensor, *, turned: bool) -> Matrices:
     """PEFT's matrices of A [E, r, d_in] and B [E, d_out, r]."""
-    first, second = (B.mT, A.mT) if flipped else (A, B)
+    first, second = (B.mT, A.mT) if turned else (A, B)
     return first.flatten(0, 1).contiguous(), second.permute(1, 2, 0).flatten(1, 2).contiguous()
 
 
-def unpack(first: Tensor, second: Tensor, experts: int, *, flipped: bool) -> Matrices:
+def unpack(first: Tensor, second: Tensor, experts: int, *, turned: bool) -> Matrices:
     """A [E, r, d_in] and B [E, d_out, r] of PEFT's matrices."""
     A, B = first.unflatten(0, (experts, -1)), second.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    return (B.mT.contiguous(), A.mT.contiguous()) if flipped else (A.contiguous(), B.contiguous())
+    return (B.mT.contiguous(), A.mT.contiguous()) if turned else (A.contiguous(), B.contiguous())
 
 
-def holder(site: Site, adapted: Sequence[Site]) -> str:
-    """The path of the wrapper that holds a stacked weight's pair, beside these other adapted weights in the order of declaration."""
-    inside = [other.name for other in adapted if other.module == site.module]
-    return site.module + WRAPPED * (len(inside) - 1 - inside.index(site.name))
-
-
-def is_old(found: Mapping[Site, Matrices], version: str | None, path: Path) -> bool:
+def is_old(found: Mapping[Site, Matrices], stacks: Stacks, version: str | None, path: Path) -> bool:
     """Whether a file's pairs are in the layout before 0.19. Raises AdapterMismatch for shapes of neither, CheckpointError when nothing tells."""
     for site, matrices in found.items():
-        if not any(_fits(site, matrices, old) for old in (False, True)):
+        if not any(_fits(site, matrices, turned) for turned in {False, not stacks[site]}):
             shapes = " and ".join(str(tuple(m.shape)) for m in matrices)
             raise AdapterMismatch(
                 f"the matrices of {site.name!r} are {shapes}; its {site.experts} experts of {site.d_out} × {site.d_in} need "
                 f"({site.experts}·r, {site.d_in}) and ({site.d_out}, {site.experts}·r)"
             )
-    layouts = [old for old in (False, True) if all(_fits(site, matrices, old) for site, matrices in found.items())]
-    if len(layouts) == 1:
+    layouts = [old for old in (False, True) if all(_fits(site, m, old and not stacks[site]) for site, m in found.items())]
+    if len(layouts) == 1 or all(stacks[site] for site in found):
         return layouts[0]
     release = re.match(r"(\d+)\.(\d+)", version or "")
     if not layouts or release is None:
@@ -67,8 +74,48 @@ def is_old(found: Mapping[Site, Matrices], version: str | None, path: Path) -> b
     return (int(release[1]), int(release[2])) < SINCE
 
 
-def _fits(site: Site, matrices: Matrices, old: bool) -> bool:
+def _fits(site: Site, matrices: Matrices, turned: bool) -> bool:
     first, second = matrices
-    inner, outer = (site.d_out, site.d_in) if old else (site.d_in, site.d_out)
+    assert site.experts is not None
+    inner, outer = (site.d_out, site.d_in) if turned else (site.d_in, site.d_out)
     ranks = first.shape[0]
-    return bool(site.experts) and first.shape == (ranks, inner) and second.shape == (outer, ranks) and ranks % (site.experts or 1) == 0
+    return first.shape == (ranks, inner) and second.shape == (outer, ranks) and ranks > 0 and ranks % site.experts == 0
+
+
+# -------------------------------------------------------------------------------------------------------------------------- the keys
+def unwrapped(tensors: Mapping[str, Tensor], entries: Collection[str], stacks: Stacks, version: str | None, path: Path) -> dict[str, Tensor]:
+    """A file's tensors with those of stacked weights as A [E, r, d_in] and B [E, d_out, r] under the weights' own paths. `entries`: the
+    configuration's target_parameters."""
+    keys = {site: _keys(site, [s for s in stacks if s.module == site.module and targeted(s.name, entries)], tensors) for site in stacks}
+    found = {site: (tensors[a], tensors[b]) for site, pair in keys.items() if pair is not None for a, b in [pair]}
+    taken = {key for pair in keys.values() if pair is not None for key in pair}
+    out = {key: tensor for key, tensor in tensors.items() if key not in taken}
+    old = is_old(found, stacks, version, path) if found else False
+    for site, matrices in found.items():
+        assert site.experts is not None
+        A, B = unpack(*matrices, site.experts, turned=old and not stacks[site])
+        out |= {PREFIX + site.name + ENDS["A"]: A, PREFIX + site.name + ENDS["B"]: B}
+    return out
+
+
+def holder(name: str, names: Sequence[str]) -> str:
+    """The path of the wrapper that holds a stacked weight's pair, of these adapted weights in the order of declaration."""
+    module = name.rpartition(".")[0]
+    inside = [other for other in names if other.rpartition(".")[0] == module]
+    return module + WRAPPED * (len(inside) - 1 - inside.index(name))
+
+
+def targeted(name: str, entries: Collection[str]) -> bool:
+    """PEFT's own rule of whether `target_parameters` means this weight."""
+    return any(matches_entry(entry, name) for entry in entries)
+
+
+def _keys(site: Site, adapted: Sequence[Site], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The keys of a stacked weight's two matrices, where it is adapted."""
+    if site not in adapted:
+        return None
+    path = PREFIX + holder(site.name, [other.name for other in adapted])
+    missing = [path + end for end in ENDS.values() if path + end not in tensors]
+    if missing:
+        raise AdapterMismatch(f"the configuration adapts {site.name!r}, and the tensor {missing[0]!r} is not there")
+    return path + ENDS["A"], path + ENDS["B"]

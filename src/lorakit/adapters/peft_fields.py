@@ -28,7 +28,7 @@ FOLLOWED = frozenset({*COMMON, *TARGETS, "peft_type", "bias", "exclude_modules",
 DETERMINED = frozenset({"bias", "fan_in_fan_out", "inference_mode", "lora_dropout", "use_dora", "vera_dropout", "vblora_dropout"})
 """Fields that the adapter alone decides when it is written."""
 REASONS = {
-    "target_parameters": "it adapts stacked weights of experts, which lorakit cannot read yet",
+    "target_parameters": "stacked weights of experts are read for peft_type LORA alone",
     "layer_replication": "it repeats layers of the base",
     "trainable_token_indices": "it replaces single rows of the embedding",
     "lora_bias": "a bias of the adapter's own has no place in s·B·A",

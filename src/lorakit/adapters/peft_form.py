@@ -41,7 +41,7 @@ def form_of(adapter: Adapter, *, native: bool, svd_rank: int | None, model: nn.M
 def plain(adapter: Adapter, model: nn.Module | None) -> Form[Pair]:
     """Any method's factors. Raises NotExportable when it has none."""
     spec = adapter.method().delta
-    factors = adapter.factors()
+    factors = adapter.factors(stacks=True)
     pairs = [(site, Pair(site.kind, *factors[site.name][:3])) for site in adapter.sites]
     gated = spec is not None and "gate" in spec.provides
     if gated:
@@ -60,9 +60,9 @@ def closest(adapter: Adapter, rank: int, model: nn.Module | None) -> Form[Pair]:
     deltas = adapter.deltas()
     for site in adapter.sites:
         U, S, Vh = torch.linalg.svd(change(adapter, site, deltas[site.name], model), full_matrices=False)
-        root = S[:rank].sqrt()
-        pairs.append((site, Pair(site.kind, root[:, None] * Vh[:rank], U[:, :rank] * root, 1.0)))
-        tails[site.name], squares[site.name] = S[rank:].square().sum().item(), S.square().sum().item()
+        root = S[..., :rank].sqrt()
+        pairs.append((site, Pair(site.kind, root[..., None] * Vh[..., :rank, :], U[..., :rank] * root[..., None, :], 1.0)))
+        tails[site.name], squares[site.name] = S[..., rank:].square().sum().item(), S.square().sum().item()
     errors = {name: _ratio(tails[name], squares[name]) for name in tails}
     return Form(by_module(pairs, model)[0], errors=errors, total=_ratio(sum(tails.values()), sum(squares.values())))
 

@@ -5,13 +5,14 @@ lorakit.json) is done once, in peft_read and peft_write.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lorakit.adapters.peft_experts import Stacks
 from lorakit.adapters.peft_fields import Fits
 from lorakit.core.adapter import Adapter
 from lorakit.core.method import Method, describe
@@ -114,6 +115,14 @@ class PeftType(ABC, Generic[H]):
     def said(self, form: Form[H], carried: Mapping[str, Any]) -> dict[str, Any]:
         """What a form says in the type's fields, beside `form.fields`; where possible in the words that its configuration once used."""
         return {}
+
+    def opened(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], stacks: Stacks, path: Path) -> Mapping[str, Tensor]:
+        """A file's tensors, those of experts' `stacks` as one stack a weight."""
+        return tensors
+
+    def placed(self, form: Form[H], *, old: Collection[str] = ()) -> dict[str, tuple[Kind, Mapping[str, Tensor]]]:
+        """Where the file has each module's tensors, as it has them: by path. `old`: stacks in PEFT's layout before 0.19."""
+        return {name: (held.kind, held.tensors) for name, held in form.modules.items()}
 
     @abstractmethod
     def module(self, name: str, part: Part, config: Mapping[str, Any], path: Path) -> H:

@@ -7,10 +7,11 @@ import yaml
 from lorakit.core.errors import BadParameter
 
 
-def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset()) -> dict[str, Any]:
+def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset(), several: frozenset[str] = frozenset()) -> dict[str, Any]:
     """{key: value} from `--key value`, `--key=value`, `--flag`, `--no-flag` and `key=value`; dashes and underscores are one.
 
-    Values are read as YAML, so that lists and mappings can be given ('[q_proj, v_proj]'); those of `strings` are taken as they are.
+    Values are read as YAML, so that lists and mappings can be given ('[q_proj, v_proj]'); those of `strings` are taken as they are. A flag
+    of `several` that is given again makes a list.
     """
     values: dict[str, Any] = {}
     rest = list(args)
@@ -26,7 +27,9 @@ def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset()) -> di
             else:
                 text = "false" if key.startswith("no_") else "true"
                 key = key.removeprefix("no_")
-        values[key] = text if key in strings else _value(key, text)
+        value = text if key in strings else _value(key, text)
+        again = key in several and key in values
+        values[key] = [*(values[key] if isinstance(values[key], list) else [values[key]]), value] if again else value
     return values
 
 

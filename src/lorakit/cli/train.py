@@ -11,6 +11,7 @@ from lorakit.cli.flags import parse_flags
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 STRINGS = frozenset({"model", "method", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task", "quantize"})
+SEVERAL = frozenset({"train_data", "eval_data"})
 
 
 def train(
@@ -24,6 +25,8 @@ def train(
 
     Every key of the YAML is a flag, the method's own parameters too; --keys lists them all with defaults and meanings.
 
+    --train-data given several times trains on one task after another, and says what was forgotten.
+
     A run that was killed goes on with the same command and --resume auto.
     """
     if keys:
@@ -33,7 +36,7 @@ def train(
     extra = list(ctx.args)
     if config is not None and config.startswith("--"):
         extra, config = [config, *extra], None
-    settings = read_config(config, parse_flags(extra, strings=STRINGS))
+    settings = read_config(config, parse_flags(extra, strings=STRINGS, several=SEVERAL))
     if dry_run:
         from lorakit.train.dry_run import dry_run as preview
 
@@ -48,9 +51,19 @@ def train(
     report.add_row(*(f"{v:.4f}" for v in result.final.values()))
     console = Console()
     console.print(report)
+    if result.tasks:
+        console.print(sequence_table(result.tasks, [train_data for train_data, _ in settings.sources]))
     for note in result.notes:
         console.print(f"note: {note}")
     console.print(f"adapter: {Path(settings.output_dir) / 'adapter'}", soft_wrap=True)
+
+
+def sequence_table(borders: list[list[dict[str, float]]], sources: list[str]) -> Table:
+    """Each task's held-out loss when it was learned and after the last one."""
+    table = Table("task", "loss when learned", "loss now", title="tasks in sequence", box=None)
+    for i, source in enumerate(sources):
+        table.add_row(source, f"{borders[i][i]['loss']:.4f}", f"{borders[-1][i]['loss']:.4f}")
+    return table
 
 
 def print_keys() -> None:

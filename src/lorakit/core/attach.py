@@ -144,6 +144,9 @@ class Adapted:
             raise BadParameter(f"no adapter is called {name!r}. {did_you_mean(name, self.methods)}")
         if self.unfrozen[name]:
             raise Incompatible(f"{name!r} trains whole modules ({self.unfrozen[name][0].name}, …), which cannot be scaled")
+        kept = next((patch.kept for patch in self.methods[name].patches if patch.kept), None)
+        if kept is not None:
+            raise Incompatible(f"{name!r} cannot be scaled: {kept}")
         self._not_while_merged("scale")
         for branch in self.branches(name):
             branch.w = float(w)

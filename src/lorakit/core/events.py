@@ -27,6 +27,14 @@ MicroBatches = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Task:
+    """One of `count` tasks that a run trains on in sequence, from 0 on; an ordinary run has one."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Step:
     """`index` counts optimizer steps from 0; `clip` is the factor that gradient clipping applied (1.0 when it did nothing)."""
 
@@ -61,8 +69,11 @@ class Run(Protocol):
     def update(self, info: Step) -> None:
         """after_backward, clip, the step of the optimizer at this step's rate, after_step, zero_grad."""
 
+    def total_(self, tensor: Tensor) -> None:
+        """Sum a statistic over all processes, in place: what follows from it must be the same everywhere."""
+
     def calibration(self, batches: int) -> "Calibration":
-        """So many batches from the start of the training data (0: all of it), and the loss on them."""
+        """So many batches from the present task's training data (0: all of it), and the loss on them."""
 
 
 class Controller:
@@ -70,6 +81,12 @@ class Controller:
 
     def start(self) -> None:
         """Before the first step of a run."""
+
+    def before_task(self, task: Task) -> None:
+        """Before a task's first step; `run.calibration` gives its data. The optimizer is fresh."""
+
+    def after_task(self, task: Task) -> None:
+        """After a task's last step, before the tasks seen so far are evaluated; `run.calibration` still gives its data."""
 
     def before_forward(self, step: Step) -> None:
         """Before the first micro-batch of a step."""
@@ -199,8 +216,8 @@ class Calibrated(ABC):
 
     requires: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
-    """⊆ {"inputs", "target_inputs", "gradients"}: the second moment of each site's inputs, at every token that is no padding or only at those
-    with a label; the loss's gradient for its whole weight."""
+    """⊆ {"inputs", "target_inputs", "gradients"}: the second moment of each site's inputs, at every token that is no padding or only at
+    those with a label; the loss's gradient for its whole weight."""
     batches: int
     """How many batches of the training data it asks for."""
 

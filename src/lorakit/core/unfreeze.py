@@ -89,13 +89,14 @@ def stop_casting(module: nn.Module) -> None:
 
 @functools.cache
 def _casting_class(plain: type[nn.Module], stored: torch.dtype) -> type[nn.Module]:
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         dtype = x.dtype if x.is_floating_point() else stored
         names = [n for n, p in self.named_parameters(recurse=False) if p.is_floating_point()]
         for name in names:  # an instance attribute shadows the registered parameter of the same name
             self.__dict__[name] = self._parameters[name].to(dtype)  # type: ignore[union-attr]
         try:
-            return plain.forward(self, x, *args, **kwargs)
+            return plain.forward(self, *args, **kwargs)
         finally:
             for name in names:
                 del self.__dict__[name]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.errors import DataError
+from lorakit.core.errors import DataError, Incompatible
 from lorakit.data.encoded import Encoded
 from lorakit.data.pack import collate, pack
 
@@ -33,7 +33,10 @@ def why_not_packable(model: nn.Module) -> str | None:
         return "it is an encoder-decoder, whose inputs and targets are separate sequences"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids, so positions cannot restart at each document"
-    return _probe(model)
+    try:
+        return _probe(model)
+    except Incompatible as refused:  # a patch of the model that stands in front of one document
+        return str(refused)
 
 
 @torch.no_grad()

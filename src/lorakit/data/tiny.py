@@ -118,8 +118,8 @@ def _class_name(arch: str, task: Task) -> str:
 
 @torch.no_grad()
 def _shake_vectors(model: torch.nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("bias"):  # the biases of stacked experts are matrices
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 

@@ -30,6 +30,17 @@ def scaled(x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
     return F.linear(project(x, A) * d, B) * b
 
 
+def choose(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dimension as (weights that sum to one, indices): [.., h] -> [.., k] twice."""
+    top = logits.topk(k, dim=-1)
+    return top.values.softmax(-1), top.indices
+
+
+def compose(weights: Tensor, indices: Tensor, V: Tensor) -> Tensor:
+    """Σ_k weights_k V[indices_k]: [.., k], [.., k], bank [h, b] -> [.., b]."""
+    return (weights.unsqueeze(-1) * F.embedding(indices, V)).sum(-2)
+
+
 def kronecker(x: Tensor, w1: Tensor, w2: Tensor, s: float) -> Tensor:
     """s x (w1 ⊗ w2)ᵀ for w1 [a1, a2], w2 [b1, b2], the product never formed: [.., a2 b2] -> [.., a1 b1], ids [..] -> [.., a1 b1].
 

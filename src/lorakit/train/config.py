@@ -25,8 +25,10 @@ class TrainConfig(pydantic.BaseModel):
 
     model: str = Field(BUNDLED, description="a local folder, a Hub name, or 'bundled'")
     method: str = Field("lora", description="any id of `lorakit list`; its parameters are keys too")
-    train_data: str = Field("", description="JSONL, text file, folder, builtin:<task>/<kind>, or hf:<name>")
-    eval_data: str | None = Field(None, description="as train_data; None: a split of train_data")
+    train_data: str | tuple[str, ...] = Field(
+        "", description="JSONL, text file, folder, builtin:<task>/<kind>, or hf:<name>; several: tasks in sequence"
+    )
+    eval_data: str | tuple[str, ...] | None = Field(None, description="as train_data; None: a split of train_data")
     output_dir: str = Field("out", description="run folder: checkpoints, metrics, curve, adapter")
     task: Literal["auto", "causal-lm", "sequence-classification"] = Field("auto", description="auto: by the rows' shape")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters are fp32")
@@ -62,6 +64,17 @@ class TrainConfig(pydantic.BaseModel):
     resume: Literal["auto"] | None = Field(None, description="'auto': continue from the newest checkpoint in output_dir, if any")
     method_args: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters (given flat, beside the other keys)")
 
+    @property
+    def sources(self) -> list[tuple[str, str | None]]:
+        """(train_data, eval_data) of each task. Raises BadParameter."""
+        train = (self.train_data,) if isinstance(self.train_data, str) else self.train_data
+        valid = (self.eval_data,) if self.eval_data is None or isinstance(self.eval_data, str) else self.eval_data
+        if self.eval_data is not None and len(valid) != len(train):
+            raise BadParameter(f"{len(train)} sources in train_data and {len(valid)} in eval_data; give one for each task, or none")
+        if len(train) > 1 and (self.load_best_model_at_end or self.early_stopping_patience):
+            raise BadParameter("load_best_model_at_end and early_stopping_patience judge one task; leave them out for tasks in sequence")
+        return list(zip(train, valid * len(train) if self.eval_data is None else valid, strict=True))
+
     def build_method(self) -> Method:
         """The method with its parameters. Raises BadParameter or NoSuchMethod."""
         return get_method(self.method, **self.method_args)
@@ -89,7 +102,7 @@ def make_config(values: dict[str, Any]) -> TrainConfig:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise BadParameter(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None
-    config.build_method()
+    config.build_method(), config.sources
     return config
 
 

@@ -1,7 +1,7 @@
 """Rows -> items that a step takes, and items -> batches: packed windows, padded samples, or classified texts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,13 @@ class TrainData:
     task: str
     labels: list[Any]
     hash: str
+    later: tuple["TrainData", ...] = ()
+    """The tasks that follow this one in sequence."""
+
+    @property
+    def tasks(self) -> tuple["TrainData", ...]:
+        """Every task, in order."""
+        return (self, *self.later)
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,29 @@ class Rows:
         return class_names([*self.train, *self.valid]) if self.task == "sequence-classification" else []
 
 
-def read_rows(config: TrainConfig) -> Rows:
-    """Load both sides. Raises DataError."""
-    if not config.train_data:
+def read_tasks(config: TrainConfig) -> list[Rows]:
+    """Both sides of every source, in order, with the same class names. Raises DataError."""
+    tasks = [read_rows(config, *source) for source in config.sources]
+    kinds = [rows.task for rows in tasks]
+    if len(set(kinds)) > 1:
+        raise DataError(f"tasks in sequence must be of one kind; found {', '.join(kinds)}")
+    labels = Rows([r for rows in tasks for r in rows.train], [r for rows in tasks for r in rows.valid]).labels
+    return [replace(rows, known=tuple(labels)) for rows in tasks]
+
+
+def read_rows(config: TrainConfig, train_data: str | None = None, eval_data: str | None = None) -> Rows:
+    """Load both sides of one source, by default the only one. Raises DataError."""
+    if train_data is None:
+        ((train_data, eval_data),) = config.sources
+    if not train_data:
         raise DataError("no training data: give train_data (--train-data), e.g. data.jsonl, a folder, or builtin:email/code")
     sides: dict[str, list[Row]] = {}
     limits = {"train": config.max_train_samples, "valid": config.max_eval_samples}
     for split in ("train", "valid"):
-        sides[split] = load_rows(config.train_data, split, valid=config.eval_data, seed=0)[: limits[split]]
+        sides[split] = load_rows(train_data, split, valid=eval_data, seed=0)[: limits[split]]
     rows = Rows(sides["train"], sides["valid"])
     if config.task not in ("auto", rows.task):
-        raise DataError(f"task={config.task} needs other rows: {config.train_data} holds {shape_of(rows.train[0])} data")
+        raise DataError(f"task={config.task} needs other rows: {train_data} holds {shape_of(rows.train[0])} data")
     return rows
 
 

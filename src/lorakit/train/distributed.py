@@ -38,6 +38,13 @@ class World:
             for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(piece.view_as(t))
 
+    def total_(self, tensor: Tensor) -> None:
+        """Sum one tensor over all processes, in place, wherever it lies."""
+        if self.size > 1:
+            moved = tensor.to(self.device)
+            self.sum_([moved])
+            tensor.copy_(moved)
+
     def total(self, *values: float) -> list[float]:
         """Sums of plain numbers over all processes."""
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)

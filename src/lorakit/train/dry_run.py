@@ -63,5 +63,5 @@ def dry_run(config: TrainConfig) -> Preview:
     adapted.model.train()
     spec = adapted.methods[adapted.active[0]].optim or AdamW()
     memory = estimate(adapted.model, batch, optimizer=spec.rule)
-    accounts = [f"train: {data.train.account}", f"eval: {data.valid.account}"]
+    accounts = [line for task in data.tasks for line in (f"train: {task.train.account}", f"eval: {task.valid.account}")]
     return Preview(config, table, sites, numel(adapted.model), accounts, adapted.notes, memory)

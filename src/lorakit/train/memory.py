@@ -410,7 +410,7 @@ class _Ledger(TorchDispatchMode):
             if any(isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
                 if func in _INDEXED:
                     args = (args[0], _positions(args[1]), *args[2:])
-                return func(*args, **kwargs)
+                return _grouped(*args[:3]) if func is torch.ops.aten._grouped_mm.default else func(*args, **kwargs)
             return self.small(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as e:
             if self.unread is not None and func is torch.ops.aten._local_scalar_dense.default:
@@ -452,6 +452,12 @@ class _Ledger(TorchDispatchMode):
 
 
 _INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+
+
+def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """The product of groups of rows, [n, k] by [E, k, m] or in backward [k, n] by [n, m]: torch's own rule of shapes knows bf16 only."""
+    rows = (left.shape[0],) if right.dim() == 3 else (ends.shape[0], left.shape[0])
+    return left.new_empty(*rows, right.shape[-1])
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

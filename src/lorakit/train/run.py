@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakit.core.attach import Adapted
 from lorakit.core.calibrate import Calibration
 from lorakit.core.errors import CheckpointError, Incompatible, LorakitError
-from lorakit.core.events import MicroBatches, Scored, Step
+from lorakit.core.events import MicroBatches, Scored, Step, Task
 from lorakit.core.params import ParamTable
 from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.train.checkpoint import write_checkpoint
@@ -30,7 +30,7 @@ from lorakit.train.evaluate import ALONE, evaluate
 from lorakit.train.memory import used_bytes
 from lorakit.train.metrics import forward_scored
 from lorakit.train.report import MetricsLog, Progress
-from lorakit.train.schedule import rate_of
+from lorakit.train.sequence import Figures, ends_of, rates_of, summary
 from lorakit.train.state import random_state, restore_random, write_state
 from lorakit.train.stream import Stream, calibration
 
@@ -47,6 +47,9 @@ class Position:
     best_step: int = -1
     stale: int = 0
     stopped: bool = False
+    task: int = 0
+    borders: list[list[Figures]] = field(default_factory=list)
+    """Figures of every task seen, at each border between tasks so far (train/sequence.py)."""
 
 
 class Run:
@@ -59,9 +62,8 @@ class Run:
         (self.name,) = adapted.active
         method = adapted.methods[self.name]
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
-        per_epoch = len(data.train.items) / self.batch
-        self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-        self.schedule = rate_of(config, self.total)
+        self.ends = ends_of(config, [len(task.train.items) for task in data.tasks], self.batch)
+        self.total, self.schedule = self.ends[-1], rates_of(config, self.ends)
         self.at, self.streams = Position(), list[Stream]()
         self.method = method
         self._make_optimizer()
@@ -88,6 +90,8 @@ class Run:
                 self.log.truncate(0)  # of a run that was killed before its first checkpoint
             for controller in self.controllers:
                 controller.start()
+            for controller in self.controllers:
+                controller.before_task(self.task)
         with Progress(self.total, quiet=self.quiet, start=self.at.step) as progress:
             while self.at.step < self.total and not self.at.stopped:
                 row = self._step(progress)
@@ -96,15 +100,48 @@ class Run:
         if self.config.load_best_model_at_end and self.out and self.at.best_step >= 0:
             self._take_best()
         for controller in self.controllers:
+            controller.after_task(self.task)
+        for controller in self.controllers:
             controller.finish()
-        final = self.evaluate()
+        final = self._judge_tasks() if self.data.later else self.evaluate()
         self._record({"step": self.at.step, **{f"eval_{k}": v for k, v in final.items()}, "final": True})
         return final
 
-    def evaluate(self) -> dict[str, float]:
-        """Figures on the held-out side. A sharded base gathers its weights in every forward, so there all processes run all batches."""
-        world = ALONE if self.world.sharded else self.world
-        return evaluate(self.adapted.model, self.data.valid, batch_size=self.config.per_device_eval_batch_size, world=world)
+    def evaluate(self, task: TrainData | None = None) -> Figures:
+        """Figures on the held-out side of a task, by default of the present one. A sharded base gathers its weights in every forward, so
+        there all processes run all batches."""
+        world, valid = ALONE if self.world.sharded else self.world, (task or self.shown).valid
+        return evaluate(self.adapted.model, valid, batch_size=self.config.per_device_eval_batch_size, world=world)
+
+    # --- tasks in sequence (train/sequence.py) ------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task:
+        """The present task."""
+        return Task(self.at.task, len(self.ends))
+
+    @property
+    def shown(self) -> TrainData:
+        """The present task's data."""
+        return self.data.tasks[self.at.task]
+
+    def _cross_border(self) -> None:
+        """Close a task, see what became of those before it, and begin the next."""
+        for controller in self.controllers:
+            controller.after_task(self.task)
+        figures = self._judge_tasks()
+        self._record({"step": self.at.step, "task": self.at.task, **{f"eval_{k}": v for k, v in figures.items()}})
+        self.at.task += 1
+        self._make_optimizer()
+        for stream in self.streams:
+            stream.turn(self.shown.train)
+        for controller in self.controllers:
+            controller.before_task(self.task)
+
+    def _judge_tasks(self) -> Figures:
+        """Evaluate every task seen so far, and sum up."""
+        self.at.borders.append([self.evaluate(task) for task in self.data.tasks[: self.at.task + 1]])
+        return summary(self.at.borders)
 
     def _step(self, progress: Progress) -> dict[str, Any]:
         index, began = self.at.step, time.perf_counter()
@@ -124,7 +161,7 @@ class Run:
 
     def stream(self, lo: float = 0.0, hi: float = 1.0) -> Stream:
         """The training data from the share [lo, hi) of a fixed shuffle, endlessly."""
-        self.streams.append(Stream(self.data.train, self.config, self.world, lo, hi))
+        self.streams.append(Stream(self.shown.train, self.config, self.world, lo, hi))
         return self.streams[-1]
 
     def gradients(self, batches: MicroBatches, info: Step) -> tuple[float, int]:
@@ -193,9 +230,13 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.figures = {"learning_rate": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
 
+    def total_(self, tensor: Tensor) -> None:
+        """Sum a statistic over all processes, in place."""
+        self.world.total_(tensor)
+
     def calibration(self, batches: int) -> Calibration:
-        """So many batches from the start of the training data (0: all of it), shared among the processes."""
-        return calibration(self.data.train, self.config, self.world, batches)
+        """So many batches from the start of the present task's training data (0: all of it), shared among the processes."""
+        return calibration(self.shown.train, self.config, self.world, batches)
 
     @property
     def epoch(self) -> float:
@@ -243,14 +284,17 @@ class Run:
             loss = at.window_nats / max(1, at.window_tokens)
             self._record(row | {"loss": loss, "epoch": round(self.epoch, 4), "tokens": at.tokens})
             at.window_nats, at.window_tokens = 0.0, 0
-        if config.eval_steps and at.step % config.eval_steps == 0 and not last:
+        if config.eval_steps and at.step % config.eval_steps == 0 and at.step not in self.ends:
             self._judge()
+        if at.step in self.ends[:-1]:  # before the checkpoint, which a resumed run then takes up in the next task
+            self._cross_border()
         if self.out and config.save_steps and (at.step % config.save_steps == 0 or last or at.stopped):
             self.save_checkpoint()
 
     def _judge(self) -> None:
         figures, at = self.evaluate(), self.at
-        self._record({"step": at.step, **{f"eval_{k}": v for k, v in figures.items()}})
+        where = {"task": at.task} if self.data.later else {}
+        self._record({"step": at.step, **where, **{f"eval_{k}": v for k, v in figures.items()}})
         if figures["loss"] < at.best_loss:
             at.best_loss, at.best_step, at.stale = figures["loss"], at.step, 0
             if self.out and self.world.main and self.config.load_best_model_at_end:
@@ -302,6 +346,9 @@ class Run:
         mine = self.adapted.tensors(self.name)
         if set(mine) != set(state["adapter"]):
             raise CheckpointError("the checkpoint holds another adapter's tensors; resume with the same method and sites")
+        self.at = Position(**state["position"])
+        for stream in self.streams:
+            stream.turn(self.shown.train)
         self.adapted.fit(self.name, state["adapter"])
         self.adapted.load_tensors(self.name, state["adapter"])
         self._make_optimizer()  # for the tensors' present shapes
@@ -311,7 +358,6 @@ class Run:
         self.loop.load_state_dict(state["loop"])
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.sampler.load_state_dict(saved)
-        self.at = Position(**state["position"])
         restore_random(state["random"])
         if self.log:
             self.log.truncate(self.at.step)
@@ -327,13 +373,13 @@ class Result:
     trainable: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    tasks: list[list[Figures]] = field(default_factory=list)
+    """Of tasks in sequence: task i's figures after task t, [t][i]."""
 
     def write(self) -> None:
         """result.json, whose presence says that the run is complete."""
-        text = json.dumps(
-            {"steps": self.steps, "final": self.final, "trainable_params": self.trainable, "seconds": self.seconds, "notes": self.notes},
-            indent=1,
-        )
+        facts = {"steps": self.steps, "final": self.final, "trainable_params": self.trainable, "seconds": self.seconds, "notes": self.notes}
+        text = json.dumps(facts | ({"tasks": self.tasks} if self.tasks else {}), indent=1)
         partial = self.out / "result.json.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.out / "result.json")

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from lorakit.core.calibrate import Calibration
 from lorakit.core.errors import DataError
 from lorakit.data.sampler import Batches, permutation
@@ -18,7 +16,12 @@ class Stream(Iterator[list[Batch]]):
     """One step's micro-batches of this process, from the share [lo, hi) of a fixed shuffle. Its state is the sampler's."""
 
     def __init__(self, side: Side, config: TrainConfig, world: World, lo: float, hi: float) -> None:
-        n = len(side.items)
+        self.config, self.world, self.share = config, world, (lo, hi)
+        self.turn(side)
+
+    def turn(self, side: Side) -> None:
+        """Take the items of this side from now on, from their beginning."""
+        n, (lo, hi), config, world = len(side.items), self.share, self.config, self.world
         order = list(range(n)) if (lo, hi) == (0.0, 1.0) else permutation(n, config.seed, -1)
         self.mine = order[round(lo * n) : round(hi * n)]
         if not self.mine:
@@ -40,10 +43,4 @@ def calibration(side: Side, config: TrainConfig, world: World, batches: int) -> 
     chosen = [[items[k] for k in order[i : i + size]] for i in range(0, len(order), size)]
     mine = chosen if world.sharded else chosen[world.rank :: world.size]
 
-    def total_(tensor: Tensor) -> None:
-        if world.size > 1:
-            moved = tensor.to(world.device)
-            world.sum_([moved])
-            tensor.copy_(moved)
-
-    return Calibration([to(side.collate(some), world.device) for some in mine], forward_loss, total_)
+    return Calibration([to(side.collate(some), world.device) for some in mine], forward_loss, world.total_)

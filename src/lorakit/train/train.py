@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.config import TrainConfig
-from lorakit.train.dataset import Rows, TrainData, prepare, read_rows
+from lorakit.train.dataset import Rows, TrainData, prepare, read_tasks
 from lorakit.train.distributed import World, shard, world
 from lorakit.train.report import draw_curve, read_log
 from lorakit.train.run import Result, Run
@@ -63,12 +64,13 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
 def build(config: TrainConfig, here: World) -> Parts:
     """Load data, model and tokenizer, and attach the method."""
     seed_everything(config.seed)
-    rows = read_rows(config)
+    tasks = read_tasks(config)
+    rows = tasks[0]
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels).to(here.device)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    method, data = with_head(config, model, rows.task), make_data(rows, config, tokenizer, model)
+    method, data = with_head(config, model, rows.task), make_data(tasks, config, tokenizer, model)
     if (spec := NF4Spec() if config.quantize == "nf4" else method.base) is not None:
         quantize(model, spec)  # before attach, which would keep the original weights
     shown = calibration(data.train, config, here, method.init.batches) if isinstance(method.init, Calibrated) else None
@@ -90,22 +92,24 @@ def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
     return config.build_method()
 
 
-def make_data(rows: Rows, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TrainData:
+def make_data(tasks: Sequence[Rows], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TrainData:
     """Tokenized items. Packing that the user asked for must be exact; where it cannot be and was not asked for, samples are padded."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    packing = config.packing and rows.task != CLASSIFY
+    packing = config.packing and tasks[0].task != CLASSIFY
     if packing and "packing" in config.model_fields_set:
         check_packing(model)
     elif packing:
         packing = why_not_packable(model) is None
-    return prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder)
+    first, *later = (prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder) for rows in tasks)
+    return replace(first, later=tuple(later))
 
 
 def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the adapter remembers: enough to load its base again, to talk to it, and to know its data."""
-    facts: dict[str, Any] = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype, "data_hash": data.hash}
+    facts: dict[str, Any] = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype}
+    facts["data_hash"] = [task.hash for task in data.tasks] if data.later else data.hash
     facts["max_length"] = config.max_length
-    return facts | {"train_data": config.train_data, "chat_template": tokenizer.chat_template}
+    return facts | {"train_data": config.model_dump(mode="json")["train_data"], "chat_template": tokenizer.chat_template}
 
 
 def seed_everything(seed: int) -> None:
@@ -152,13 +156,13 @@ def read_result(out: Path) -> Result | None:
     if not file.exists():
         return None
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return Result(out, saved["steps"], saved["final"], saved["trainable_params"], saved["seconds"], saved["notes"])
+    return Result(out, saved["steps"], saved["final"], saved["trainable_params"], saved["seconds"], saved["notes"], saved.get("tasks", []))
 
 
 def _finish(parts: Parts, run: Run, out: Path, final: dict[str, float], seconds: float) -> Result:
     adapted = parts.adapted
     adapted.meta |= {"metrics": final, "steps": run.at.step}
-    result = Result(out, run.at.step, final, run.table.numel(), round(seconds, 2), adapted.notes)
+    result = Result(out, run.at.step, final, run.table.numel(), round(seconds, 2), adapted.notes, run.at.borders)
     if run.world.main:
         adapted.save(out / "adapter")
         rows = read_log(out / "metrics.jsonl")

@@ -82,11 +82,10 @@ def check_start() -> None:
 
 
 def test_sites_with_one_input_share_its_directions() -> None:
-    a = spread().tensors("default")
-    q, k = (a[f"model.layers.0.self_attn.{name}.A"] for name in ("q_proj", "k_proj"))
-    n = min(len(q), len(k))
-    assert n
-    assert same_bits(q[:n], k[:n])
+    a = attached(base(), get_method("eva", r=3, rho=1.0)).tensors("default")
+    q, k, v = (a[f"model.layers.0.self_attn.{name}.A"] for name in ("q_proj", "k_proj", "v_proj"))
+    assert same_bits(q, k)
+    assert same_bits(q, v)
 
 
 def test_whitening_and_centering() -> None:
@@ -177,7 +176,8 @@ def test_it_is_saved_loaded_merged_and_exported_with_its_ranks() -> None:
         adapted.save(f"{folder}/own")
         again = lorakit.load(base(), f"{folder}/own")
         to_peft(adapted.state(), f"{folder}/peft", model=base())
-        theirs = peft.PeftModel.from_pretrained(base(), f"{folder}/peft").eval()
+        with warnings.catch_warnings(action="ignore"):
+            theirs = peft.PeftModel.from_pretrained(base(), f"{folder}/peft").eval()
     assert all(same_bits(v, tensors[k]) for k, v in again.tensors("default").items())
     assert same_bits(logits(again.model, batch()), want)
     assert [b.delta.s for b in again.branches()] == [b.delta.s for b in adapted.branches()]
@@ -260,10 +260,10 @@ def test_it_wins_where_the_inputs_lie_in_a_subspace() -> None:
 
 def test_it_loses_where_the_signal_has_little_variance() -> None:
     """All of the loss is in a direction that A does not see, exactly: B's gradient is zero, A's as B is, and nothing is ever learned."""
-    X = torch.linalg.qr(normal(60, 8)).Q * torch.tensor([9.0, 8.0, 7.0, 6.0, 2.0, 2.0, 2.0, 2.0])
+    X = torch.linalg.qr(normal(60, 8)).Q * torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
     target = torch.zeros(5, 8, dtype=torch.float64)
     target[:, 7] = 1.0
-    kwargs = {"r": 2, "alpha": 2.0, "steps": 400, "lr": 1.0}
+    kwargs = {"r": 2, "alpha": 2.0, "steps": 400, "lr": 0.2}
     assert regression("eva", X, target, **kwargs) == pytest.approx(1.0, abs=1e-6)
     assert regression("lora", X, target, **kwargs) < 0.5
 
@@ -284,7 +284,7 @@ def test_centered_it_is_pefts() -> None:
     ours = {b.site.name: b.delta.A.detach() for b in adapted.branches()}
     assert {k: len(v) for k, v in theirs.items() if len(v)} == {k: len(v) for k, v in ours.items()}
     for name, A in ours.items():
-        assert torch.linalg.svdvals(A @ theirs[name].T).min() > 0.99, name
+        assert torch.linalg.svdvals(A @ theirs[name].to(A.dtype).T).min() > 0.99, name
 
 
 def test_what_cannot_be_is_refused() -> None:

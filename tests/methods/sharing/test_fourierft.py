@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakit import BadParameter, attach, get_method
 from lorakit.methods.sharing import fourierft
+from lorakit.ops import reference, spectral
 from tests.adapters import test_trajectory_peft as trajectory
 from tests.adapters.subject import quiet
 from tests.laws.steps import Run
@@ -115,9 +116,9 @@ def check_gradients_go_through_the_spectrum() -> None:
     assert far(g_x, g_y @ branch.weight()) < 1e-12
     arguments = d.at, 10, 12, 1.5
     told = {"raise_exception": False}
-    assert torch.autograd.gradcheck(lambda x, c: fourierft.project(x, c, *arguments), (x, d.c), **told)
-    assert torch.autograd.gradcheck(lambda c: fourierft.project(torch.arange(12).view(3, 4), c, *arguments), (d.c,), **told)
-    assert torch.autograd.gradgradcheck(lambda x, c: fourierft.project(x, c, *arguments), (x, d.c), **told)
+    assert torch.autograd.gradcheck(lambda x, c: spectral.project(x, c, *arguments), (x, d.c), **told)
+    assert torch.autograd.gradcheck(lambda c: spectral.project(torch.arange(12).view(3, 4), c, *arguments), (d.c,), **told)
+    assert torch.autograd.gradgradcheck(lambda x, c: spectral.project(x, c, *arguments), (x, d.c), **told)
 
 
 def check_nothing_dense_is_kept_for_backward() -> None:
@@ -179,13 +180,13 @@ def check_a_generic_teacher_is_fitted_to_its_part_at_the_places() -> None:
 # --- beside PEFT --------------------------------------------------------------------------------------------------------------
 
 
-def beside(arch: str, model: Any, *, n: int = 30, scaling: float = 150.0, seed: int = 777, **more: Any) -> tuple[Any, Any]:
+def beside(arch: str, model: Any, *, n: int = 30, scaling: float = 150.0, seed: int = 777) -> tuple[Any, Any]:
     """Ours and PEFT's on one model, with our coefficients in both."""
     targets = trajectory.TARGETS[arch]
     config = peft.FourierFTConfig(n_frequency=n, scaling=scaling, random_loc_seed=seed, target_modules=targets)
     with quiet():
         theirs = peft.get_peft_model(copy.deepcopy(model), config).train()
-    method = get_method("fourierft", n_frequency=n, scaling=scaling, entry_seed=seed, sites=targets, **more)
+    method = get_method("fourierft", n_frequency=n, scaling=scaling, entry_seed=seed, sites=targets)
     adapted = attach(model.train(), method)
     with torch.no_grad():
         for ours, other in counterparts(adapted, theirs):
@@ -231,7 +232,7 @@ def check_the_trajectory_of_pefts(arch: str = "gpt_neox") -> None:
     """50 steps in fp64 from the same coefficients, to 1e-9."""
     with pytest.MonkeyPatch.context() as m:
         in_fp64(m)
-        adapted, theirs = beside(arch, trajectory.base(arch), scaling=1000.0, init="zero")
+        adapted, theirs = beside(arch, trajectory.base(arch), n=100)
         for (ours, _), branch in zip(counterparts(adapted, theirs), adapted.branches(), strict=True):
             assert ours.dtype == branch.weight().dtype == torch.float64
         losses, reference = trajectory.train_ours(adapted, adapted.methods["default"]), trajectory.train_theirs(theirs)
@@ -294,8 +295,8 @@ Change = Callable[[pytest.MonkeyPatch], None]
 
 def waves(change: Callable[..., Tensor]) -> Change:
     """Re ifft2 replaced by change(it, c, at, d_out, d_in)."""
-    own = fourierft.wave
-    return lambda m: m.setattr(fourierft, "wave", lambda *arguments: change(own, *arguments))
+    own = spectral.wave
+    return lambda m: m.setattr(spectral, "wave", lambda *arguments: change(own, *arguments))
 
 
 def hartley(own: Any, c: Tensor, at: Tensor, d_out: int, d_in: int) -> Tensor:
@@ -305,8 +306,8 @@ def hartley(own: Any, c: Tensor, at: Tensor, d_out: int, d_in: int) -> Tensor:
 
 
 def gradients(change: Callable[[Tensor], Tensor]) -> Change:
-    own = fourierft.read
-    return lambda m: m.setattr(fourierft, "read", lambda G, at: change(own(G, at)))
+    own = spectral.read
+    return lambda m: m.setattr(spectral, "read", lambda G, at: change(own(G, at)))
 
 
 def by_columns(m: pytest.MonkeyPatch) -> None:
@@ -322,7 +323,7 @@ def by_site(m: pytest.MonkeyPatch) -> None:
 
 
 def plain(m: pytest.MonkeyPatch) -> None:
-    m.setattr(fourierft.Spectral, "forward", lambda self, x, ctx: fourierft.ops.project(x, self.weight()))
+    m.setattr(fourierft.Spectral, "forward", lambda self, x, ctx: reference.project(x, self.weight()))
 
 
 def always_normal(m: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,13 @@ from typing import Any
 
 from lorakit.adapters.peft_type import PeftType, Writer
 from lorakit.adapters.peft_types.adalora import AdaLora
+from lorakit.adapters.peft_types.fourierft import FourierFT
+from lorakit.adapters.peft_types.lokr import Lokr
 from lorakit.adapters.peft_types.lora import Lora
+from lorakit.adapters.peft_types.vblora import VbLora
+from lorakit.adapters.peft_types.vera import Vera
 
-TYPES: Mapping[str, PeftType[Any]] = {kind.table.name: kind for kind in (Lora(), AdaLora())}
+TYPES: Mapping[str, PeftType[Any]] = {kind.table.name: kind for kind in (Lora(), AdaLora(), Vera(), VbLora(), FourierFT(), Lokr())}
 """By peft_type."""
 NATIVE: Mapping[str, Writer] = {recipe: form for kind in TYPES.values() for recipe, form in kind.table.native.items()}
 """By recipe: PEFT's own form of a method. One that gives None leaves the adapter to the plain form."""

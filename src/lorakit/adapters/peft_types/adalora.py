@@ -70,7 +70,7 @@ class AdaLora(PairType):
     table = Table(
         name="ADALORA",
         config={**LORA, **OWN, "peft_type": "ADALORA"},
-        followed=READ | OWN.keys(),
+        followed=(READ | OWN.keys()) - {"target_parameters"},
         fits={
             "alpha_pattern": by_pattern(number),
             "rank_pattern": by_pattern(_masks),

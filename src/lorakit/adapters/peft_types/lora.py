@@ -4,22 +4,23 @@ base_model.model.<module>.lora_A.weight [r, in] · lora_B.weight [out, r] · lor
 base_model.model.<embedding>.lora_embedding_A [r, vocabulary] · lora_embedding_B [dim, r]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.pair import Pair, by_module
-from lorakit.adapters.peft_fields import COMMON, FOLLOWED, TARGETS, by_pattern, number, positive, switch
+from lorakit.adapters.peft_experts import Stacks, holder, pack, unwrapped
+from lorakit.adapters.peft_fields import COMMON, FOLLOWED, TARGETS, by_pattern, names, number, positive, switch
 from lorakit.adapters.peft_rank import config_of, expressed, rank_in, trimmed
 from lorakit.adapters.peft_type import Form, Found, Part, Table, argument
 from lorakit.adapters.peft_types.pairs import PairType, check_pair
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import AdapterMismatch, NotExportable
 from lorakit.core.lowrank import LowRankSpec
-from lorakit.core.site import Site
+from lorakit.core.site import Kind, Site
 
 CONFIG: dict[str, Any] = {
     **COMMON,
@@ -58,7 +59,7 @@ CONFIG: dict[str, Any] = {
 }
 READ = FOLLOWED | {
     "alpha_pattern", "eva_config", "init_lora_weights", "lora_alpha", "lora_dropout", "megatron_core", "qalora_group_size", "r",
-    "rank_pattern", "use_dora", "use_rslora",
+    "rank_pattern", "target_parameters", "use_dora", "use_rslora",
 }  # fmt: skip
 
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
@@ -128,6 +129,7 @@ class Lora(PairType):
             "alpha_pattern": by_pattern(number),
             "rank_pattern": by_pattern(positive),
             "r": positive,
+            "target_parameters": lambda v: names(v) and not isinstance(v, str),
             **dict.fromkeys(("use_dora", "use_rslora"), switch),
             **dict.fromkeys(("lora_alpha", "lora_dropout"), number),
         },
@@ -135,6 +137,7 @@ class Lora(PairType):
         keys={
             "linear": {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
             "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
+            "experts": {"A": "lora_A.weight", "B": "lora_B.weight"},
         },
         bias="lora_only",
         dropout="lora_dropout",
@@ -150,12 +153,27 @@ class Lora(PairType):
         init = {} if "init_lora_weights" in form.fields else {"init_lora_weights": harmless(carried)}
         return init | config_of(expressed(wanted, *preferred))
 
+    def opened(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], stacks: Stacks, path: Path) -> Mapping[str, Tensor]:
+        return unwrapped(tensors, config["target_parameters"] or (), stacks, config["peft_version"], path)
+
+    def placed(self, form: Form[Pair], *, old: Collection[str] = ()) -> dict[str, tuple[Kind, Mapping[str, Tensor]]]:
+        stacks = [name for name, pair in form.modules.items() if pair.kind == "experts"]
+        out: dict[str, tuple[Kind, Mapping[str, Tensor]]] = {}
+        for name, pair in form.modules.items():
+            if name in stacks:
+                matrices = pack(pair.A, pair.B, turned=name in old)
+                out[holder(name, stacks)] = "experts", dict(zip("AB", matrices, strict=True))
+            else:
+                out[name] = pair.kind, pair.tensors
+        return out
+
     def module(self, name: str, part: Part, config: Mapping[str, Any], path: Path) -> Pair:
         parts = check_pair(name, part, frozenset({"A", "B", "m"} if config["use_dora"] else {"A", "B"}), path)
         r, s = rank_in(config).named(name)
-        if len(parts["A"]) != r:
-            raise AdapterMismatch(f"module {name!r} has {len(parts['A'])} ranks, and {path} gives it r={r}")
-        return Pair(part.kind, s=s, **parts)
+        pair = Pair("experts" if parts["A"].ndim == 3 else part.kind, s=s, **parts)
+        if pair.r != r:
+            raise AdapterMismatch(f"module {name!r} has {pair.r} ranks, and {path} gives it r={r}")
+        return pair
 
     def closest(self, found: Found[Pair], sites: Sequence[Site]) -> tuple[str, dict[str, Any], dict[str, Pair]]:
         """LoRA, rsLoRA, DoRA or PiSSA."""
@@ -176,5 +194,6 @@ def fitted(pair: Pair, site: Site) -> Pair:
     if pair.r <= side:
         return pair
     BA = (pair.B.double() @ pair.A.double()).to(pair.A.dtype)
-    A, B = (BA, torch.eye(side)) if site.d_out <= site.d_in else (torch.eye(side), BA)
+    one = torch.eye(side).expand(*BA.shape[:-2], side, side)
+    A, B = (BA, one) if site.d_out <= site.d_in else (one, BA)
     return Pair(pair.kind, A, B, pair.s, m=pair.m)

@@ -34,7 +34,7 @@ def check_pair(module: str, part: Part, needed: frozenset[str], path: Path) -> M
         odd = sorted(needed ^ set(parts))
         raise AdapterMismatch(f"module {module!r} has the tensors {sorted(parts)}; {path} needs them with or without {odd}")
     A, B = parts["A"], parts["B"]
-    pair = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    pair = A.ndim == B.ndim in (2, 3) and A.shape[-2] == B.shape[-1] and A.shape[:-2] == B.shape[:-2]
     if not pair or ("E" in parts and parts["E"].shape != (len(A), 1)) or ("m" in parts and parts["m"].shape != (len(B),)):
         shapes = {name: tuple(t.shape) for name, t in parts.items()}
         raise AdapterMismatch(f"the tensors of module {module!r} do not fit each other: {shapes}")
@@ -44,30 +44,31 @@ def check_pair(module: str, part: Part, needed: frozenset[str], path: Path) -> M
 # -------------------------------------------------------------------------------------------------------------------- whose is what
 def _shares(sites: Sequence[Site], method: Method, pairs: Mapping[str, Pair]) -> Iterator[tuple[Site, Pair]]:
     """Each site's share of its module's pair: its ranks in order, its rows of B."""
-    ranks = {site: len(_blank(site, method, "meta")["A"]) for site in sites}
+    ranks = {site: _blank(site, method, "meta")["A"].shape[-2] for site in sites}
     start = dict.fromkeys(pairs, 0)
     for site in sites:
-        pair = pairs[site.module]
-        together = sum(r for s, r in ranks.items() if s.module == site.module)
+        pair = pairs[site.whole]
+        together = sum(r for s, r in ranks.items() if s.whole == site.whole)
         width = ranks[site] * pair.r // together  # twice the rank where an anchor is written beside the pair
-        yield site, _share(pair, site, slice(start[site.module], start[site.module] + width))
-        start[site.module] += width
+        yield site, _share(pair, site, slice(start[site.whole], start[site.whole] + width))
+        start[site.whole] += width
 
 
 def _share(pair: Pair, site: Site, ranks: slice) -> Pair:
     if site.rows is None:
         return pair
     rows = rows_of(site)
-    if int(rows.max()) >= pair.B.shape[0]:
-        raise AdapterMismatch(f"site {site.name!r} names rows that its module's {pair.B.shape[0]} do not have")
-    return replace(pair, A=pair.A[ranks], B=pair.B[rows][:, ranks], m=None if pair.m is None else pair.m[rows])
+    if int(rows.max()) >= pair.B.shape[-2]:
+        raise AdapterMismatch(f"site {site.name!r} names rows that its module's {pair.B.shape[-2]} do not have")
+    B = pair.B.index_select(-2, rows)[..., ranks]
+    return replace(pair, A=pair.A[..., ranks, :], B=B, m=None if pair.m is None else pair.m[rows])
 
 
 # ------------------------------------------------------------------------------------------------------------------ a site's tensors
 def _tensors(site: Site, method: Method, pair: Pair, model: nn.Module | None) -> dict[str, Tensor]:
     expected = _blank(site, method, "meta")
-    r = len(expected["A"])
-    out = {"A": pair.A[:r], "B": pair.B[:, :r]}
+    r = expected["A"].shape[-2]
+    out = {"A": pair.A[..., :r, :], "B": pair.B[..., :r]}
     if pair.E is not None:
         out["g"] = pair.E.flatten()
     if pair.m is not None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lorakit.core.errors import BadParameter
 from lorakit.core.events import Descent, Loop, LoopSpec, MicroBatches, Run, Step
 from lorakit.core.method import Method, method
 from lorakit.parts.optimizers.flora import Adafactor, Flora, Plain
@@ -88,6 +89,8 @@ def flora_gc(
     unfreeze: tuple[str, ...] = ("*",),
 ) -> Method:
     """Full fine-tuning whose momentum is a random projection: no adapter, the optimizer's memory of one."""
+    if not unfreeze:
+        raise BadParameter("unfreeze is empty, and flora_gc has no adapter to train: unfreeze='*' is every parameter")
     rules: dict[str, Any] = {"adafactor": Adafactor(scale_parameter=scale_parameter), "sgd": Plain()}
     flora = Flora(r, beta1, kappa, rules[rule], projection_seed)
     loop: LoopSpec = AccumulationSpec(flora) if accumulate else Descent()

@@ -125,4 +125,4 @@ def eva(
     """LoRA whose A starts at the inputs' main directions, with ranks where they explain most variance."""
     rank = Rank.of(r, alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     init = FromInputs(rank, rho, whiten, center, niter, batches)
-    return Method(LowRankSpec(rank, dropout), init, sites=sites, unfreeze=unfreeze)
+    return Method(LowRankSpec(rank, dropout, flexible=True), init, sites=sites, unfreeze=unfreeze)

@@ -103,7 +103,7 @@ class DropSpec:
 
     @property
     def name(self) -> str:
-        return {DropKeys: "keys", CutHidden: "hidden"}[self.kind]
+        return {DropKeys: "dropped_keys", CutHidden: "cut_hidden"}[self.kind]
 
     def build(
         self, model: nn.Module, sites: Sequence[Site], *, cell: Cell, rng: torch.Generator, dtype: torch.dtype, device: torch.device

@@ -98,8 +98,7 @@ class NestedSpec(DeltaSpec):
     dropout: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise BadParameter(f"dropout={self.dropout} is not a probability; expected 0 <= dropout < 1")
+        random.check_dropout(self.dropout)
 
     @property
     def provides(self) -> frozenset[str]:

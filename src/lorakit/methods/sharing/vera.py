@@ -6,8 +6,8 @@
 The shared pair is as large as the largest site on each side. It is drawn from `projection_prng_key`, not from the run's seed: A, then B,
 U(±√(6 / fan_in)) with the fan_in of the whole shared matrix: the largest d_in for A, r for B. It is PEFT's for the same key, bit for bit.
 Adapters of one base that have the key, r and the largest sizes in common have the pair in common.
-`save_projection` False leaves the pair out of the adapter's file: loading draws it again, which holds as long as torch's CPU generator gives
-the same numbers. Forward multiplies with the shared tensors themselves; as plain LoRA the adapter has rank r and LoRA's size.
+`save_projection` False leaves the pair out of the adapter's file (`lorakit convert --compact` does it later): loading draws it again, which
+is right as long as torch's CPU generator gives the same numbers. As plain LoRA the adapter has rank r, and LoRA's size.
 Trained: d and b, r + d_out values a site. d = `d_initial`, b = 0, so ΔW = 0 at the start.
 Defaults: PEFT's (r 256, d_initial 0.1, key 0). The paper trains the vectors at about ten times LoRA's learning rate (from memory).
 References: arXiv:2310.11454; survey 5.1.3.
@@ -31,7 +31,6 @@ from lorakit.core.site import Site, Where
 from lorakit.ops.scaled import scaled
 from lorakit.parts.inits.random import set_
 
-
 LIMIT = 2**20
 """The largest side that a file without the pair can ask for."""
 
@@ -47,7 +46,7 @@ def projections(r: int, d_in: int, d_out: int, key: int) -> tuple[Tensor, Tensor
 
 
 class Projections(Shared):
-    """The frozen pair of the largest sizes. One that is not saved leaves `drawn` in the file: empty, its shape [0, d_in, d_out] says them."""
+    """The frozen pair of the largest sizes. Not saved, it leaves `drawn` in the file: empty, its shape [0, d_in, d_out] says the sizes."""
 
     A: Tensor
     B: Tensor
