@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "adapters": {"core", "ops"},
     "data": {"core"},
     "train": {"core", "ops", "parts", "adapters", "data"},
-    "serve": {"core", "ops", "adapters", "data", "train"},
+    "serve": {"core", "ops", "parts", "adapters", "data", "train"},
     "federated": {"core", "ops", "parts", "adapters", "data", "train"},
     "bayes": {"core", "ops", "parts", "adapters", "data", "train"},
     "apps": {"core", "ops", "parts", "adapters", "data", "train", "serve", "federated", "bayes"},

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.adapters.compact import compact
 from lorakit.adapters.io import load_adapter, save_adapter
 from lorakit.adapters.peft_write import to_peft
 from lorakit.core.adapter import Adapter
@@ -22,14 +23,17 @@ def convert(
     model: nn.Module | None = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    smaller: bool = False,
 ) -> list[str]:
     """Read an adapter folder of either format and write another one. Returns lines that say how exact the result is.
 
-    The arguments after `to` are those of `to_peft`; the model is also needed to read a folder that PEFT wrote.
+    The arguments after `to` are those of `to_peft`; the model is also needed to read a folder that PEFT wrote. `smaller`: leave out what
+    can be drawn again or serves further training alone (see compact.py).
     """
     if to not in FORMATS:
         raise BadParameter(f"format {to!r} cannot be written. {did_you_mean(to, FORMATS)}")
     adapter = load_adapter(source, model=model)
+    adapter = compact(adapter) if smaller else adapter
     return FORMATS[to](adapter, target, native=native, svd_rank=svd_rank, model=model, base_model=base_model, task_type=task_type)
 
 

@@ -63,9 +63,11 @@ def check(adapter: Adapter) -> Adapter:
     elsewhere = (UNFROZEN, *(f"{ROOT}.{patch.name}." for patch in method.patches))
     expected |= {k: v.shape for k, v in adapter.tensors.items() if k.startswith(elsewhere)}
     adapter.check(expected, f"its own recipe {adapter.recipe.name!r}")
+    indices = {f"{name}.{k}": v.dtype for name, delta in deltas.items() for k, v in delta.state_dict().items() if not v.is_floating_point()}
     for name in expected:
-        if not adapter.tensors[name].is_floating_point():
-            raise AdapterMismatch(f"tensor {name} holds {adapter.tensors[name].dtype}; expected floating-point numbers")
+        found, wanted = adapter.tensors[name].dtype, indices.get(name)
+        if found != wanted if wanted is not None else not found.is_floating_point:
+            raise AdapterMismatch(f"tensor {name} holds {found}; expected {wanted or 'floating-point numbers'}")
     return adapter
 
 

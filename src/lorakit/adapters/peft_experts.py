@@ -13,12 +13,14 @@ PEFT wraps a module once for each of its adapted weights, the last declared oute
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.peft_names import PREFIX, matches_entry
-from lorakit.core.errors import AdapterMismatch, CheckpointError
-from lorakit.core.site import Site, sites_of
+from lorakit.adapters.peft_fields import VERSION
+from lorakit.adapters.peft_names import PREFIX, matches_entry, shortest
+from lorakit.core.errors import AdapterMismatch, CheckpointError, NotExportable
+from lorakit.core.site import Site, ours, sites_of
 
 WRAPPED = ".base_layer"
 ENDS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
@@ -65,13 +67,12 @@ def is_old(found: Mapping[Site, Matrices], stacks: Stacks, version: str | None, 
     layouts = [old for old in (False, True) if all(_fits(site, m, old and not stacks[site]) for site, m in found.items())]
     if len(layouts) == 1 or all(stacks[site] for site in found):
         return layouts[0]
-    release = re.match(r"(\d+)\.(\d+)", version or "")
-    if not layouts or release is None:
+    if not layouts or _release(version) == (0, 0):
         raise CheckpointError(
             f"{path}: the shapes of {next(iter(found)).name!r} and its like do not say whether PEFT wrote them before version 0.19, which "
             'turned them over, or since; add "peft_version" to the file, for example "0.18.1"'
         )
-    return (int(release[1]), int(release[2])) < SINCE
+    return _release(version) < SINCE
 
 
 def _fits(site: Site, matrices: Matrices, turned: bool) -> bool:
@@ -83,7 +84,9 @@ def _fits(site: Site, matrices: Matrices, turned: bool) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------------------------------- the keys
-def unwrapped(tensors: Mapping[str, Tensor], entries: Collection[str], stacks: Stacks, version: str | None, path: Path) -> dict[str, Tensor]:
+def unwrapped(
+    tensors: Mapping[str, Tensor], entries: Collection[str], stacks: Stacks, version: str | None, path: Path
+) -> dict[str, Tensor]:
     """A file's tensors with those of stacked weights as A [E, r, d_in] and B [E, d_out, r] under the weights' own paths. `entries`: the
     configuration's target_parameters."""
     keys = {site: _keys(site, [s for s in stacks if s.module == site.module and targeted(s.name, entries)], tensors) for site in stacks}
@@ -119,3 +122,23 @@ def _keys(site: Site, adapted: Sequence[Site], tensors: Mapping[str, Tensor]) ->
     if missing:
         raise AdapterMismatch(f"the configuration adapts {site.name!r}, and the tensor {missing[0]!r} is not there")
     return path + ENDS["A"], path + ENDS["B"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- the configuration
+def experts_fields(config: Mapping[str, Any], names: Sequence[str], model: nn.Module | None, *, old: bool) -> dict[str, Any]:
+    """What the configuration says of these adapted stacks: as it says it, if that means them, or else by the shortest names."""
+    if not names:
+        return {"target_parameters": None}
+    others = {name for name, _ in model.named_parameters() if not ours(name)} - set(names) if model is not None else set()
+    before = config["target_parameters"] or ()
+    same = all(targeted(name, before) for name in names) and not any(targeted(other, before) for other in others)
+    found = before if same and model is not None else shortest(names, others, whole=model is None)
+    if found is None:
+        raise NotExportable(f"no list of names means {names[0]!r} and its like alone in this model, and PEFT takes nothing else")
+    version = VERSION if _release(config["peft_version"]) < SINCE else config["peft_version"]
+    return {"target_parameters": found, "peft_version": BEFORE if old else version}
+
+
+def _release(version: str | None) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found is not None else (0, 0)

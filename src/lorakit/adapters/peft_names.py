@@ -1,8 +1,10 @@
 """Names in PEFT's folders: the keys of tensors, and the lists that say which modules are adapted.
 
-base_model.model.<module>.<end>          one module's tensor; the ends are in each type's table
-base_model.<name>                        what the modules share
-base_model.model.<parameter>             trained as a whole
+    base_model.model.<module>.<end>          one module's tensor
+    base_model.<name>                        what the modules share
+    base_model.model.<parameter>             trained as a whole
+
+Ends and names are in each type's table.
 """
 
 import re
@@ -11,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.core.base import Transposed, base_of
 from lorakit.core.site import Kind, ours
 
 PREFIX = "base_model.model."
@@ -30,6 +33,13 @@ CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 def key_of(module: str, name: str, keys: Keys, kind: Kind) -> str:
     """The key of one tensor of one module."""
     return f"{PREFIX}{module}.{keys[kind][name]}"
+
+
+def is_conv1d(name: str, model: nn.Module | None) -> bool:
+    """Whether a module is Transformers' Conv1D; without a model, judged by its name."""
+    if model is None:
+        return name.split(".")[-1] in CONV1D
+    return isinstance(base_of(model.get_submodule(name)), Transposed)
 
 
 def parsed(key: str, keys: Keys) -> tuple[str, list[Kind], str] | None:
@@ -57,14 +67,20 @@ def targets(names: Collection[str], model: nn.Module | None) -> list[str] | str:
     Where no list can do it (one name is the end of another's), a regular expression of all names.
     """
     others = set(module_names(model)) - set(names) if model is not None else set()
+    found = shortest(names, others, whole=model is None)
+    return "|".join(re.escape(n) for n in sorted(names)) if found is None else found
+
+
+def shortest(names: Collection[str], others: Collection[str], *, whole: bool) -> list[str] | None:
+    """The shortest sorted list of suffixes (`whole`: of names) that means these names and none of the others; None where none does."""
     taken = {end for other in others for end in suffixes(other)}
     chosen: list[str] = []
     for name in sorted(names):
         if not any(matches_entry(entry, name) for entry in chosen):
             free = [end for end in suffixes(name) if end not in taken]
             if not free:
-                return "|".join(re.escape(n) for n in sorted(names))
-            chosen.append(free[0] if model is not None else name)
+                return None
+            chosen.append(name if whole else free[0])
     return sorted(chosen)
 
 

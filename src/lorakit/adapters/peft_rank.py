@@ -52,17 +52,22 @@ def trimmed(rank: Rank, names: Iterable[str]) -> Rank:
 
 
 def _by_name(wanted: Wanted) -> Rank:
-    r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
-    alphas = {name: s * r for name, (r, s) in wanted.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    r, ranks = by_name({name: r for name, (r, _) in wanted.items()})
+    alpha, alphas = by_name({name: s * r for name, (r, s) in wanted.items()})
     return Rank.of(
         r, alpha,
-        rank_pattern={_exactly(name): r_ for name, (r_, _) in wanted.items() if r_ != r},
-        alpha_pattern={_exactly(name): a for name, a in alphas.items() if a != alpha},
+        rank_pattern={exactly(name): value for name, value in ranks.items()},
+        alpha_pattern={exactly(name): value for name, value in alphas.items()},
     )  # fmt: skip
 
 
-def _exactly(name: str) -> str:
+def by_name(wanted: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """The most common value, and those of the names that have another."""
+    most = Counter(wanted.values()).most_common(1)[0][0]
+    return most, {name: value for name, value in wanted.items() if value != most}
+
+
+def exactly(name: str) -> str:
     """A pattern for this name and no other."""
     return "^" + re.escape(name)
 

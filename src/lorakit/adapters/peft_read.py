@@ -11,6 +11,7 @@ from torch import nn
 from lorakit.adapters.folder import locate
 from lorakit.adapters.io import check, read_weights
 from lorakit.adapters.peft_config import CONFIG, read_config
+from lorakit.adapters.peft_experts import stacks_of
 from lorakit.adapters.peft_fields import DETERMINED
 from lorakit.adapters.peft_files import WEIGHTS, Side, digests, read_side, sorted_out
 from lorakit.adapters.peft_recipe import closest
@@ -31,7 +32,7 @@ def from_peft(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
     AdapterMismatch for tensors that do not fit their configuration or the model.
     """
     folder = Path(folder)
-    found, side = _read(folder)
+    found, side = _read(folder, model)
     if side is not None and side.restorable:
         return check(_restored(found, side, model))
     if model is None:
@@ -42,15 +43,19 @@ def from_peft(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
     return check(_assembled(nearest.recipe, nearest.sites, nearest.found, meta, model))
 
 
-def _read(folder: Path) -> tuple[Found[Any], Side | None]:
+def _read(folder: Path, model: nn.Module | None) -> tuple[Found[Any], Side | None]:
     path, weights = locate(folder, CONFIG), locate(folder, WEIGHTS)
     if path is None:
         raise CheckpointError(f"{folder} has no {CONFIG}")
     raw = read_bounded(path)
     config = read_config(raw, path)
     data = read_weights(weights, folder, WEIGHTS)
-    found = sorted_out(config, unpack(data, weights or folder), path)
-    return found, read_side(folder, digests({CONFIG: raw, WEIGHTS: data}))
+    side = read_side(folder, digests({CONFIG: raw, WEIGHTS: data}))
+    known = [s.site() for s in side.record.sites] if side is not None and side.restorable else []
+    stacks = stacks_of(model, known)
+    if config.get("target_parameters") and model is None and not (stacks and all(site.rows is None for site in stacks)):
+        raise CheckpointError(f"{folder} adapts experts: give the model it is for (--model) to know the shapes of their weights")
+    return sorted_out(config, unpack(data, weights or folder), path, stacks), side
 
 
 def _assembled(recipe: Recipe, sites: tuple[Site, ...], found: Found[Any], meta: dict[str, Any], model: nn.Module | None) -> Adapter:
@@ -63,6 +68,6 @@ def _assembled(recipe: Recipe, sites: tuple[Site, ...], found: Found[Any], meta:
 def _restored(found: Found[Any], side: Side, model: nn.Module | None) -> Adapter:
     """The very adapter that was written."""
     recipe, sites = recipe_in(side.record, side.path), tuple(s.site() for s in side.record.sites)
-    if {s.module for s in sites} != set(found.modules):
+    if {s.whole for s in sites} != set(found.modules):
         raise AdapterMismatch(f"{side.path} names other modules than the tensors beside it")
     return _assembled(recipe, sites, found, side.record.meta, model)

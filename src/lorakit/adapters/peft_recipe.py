@@ -45,7 +45,7 @@ def _sites(found: Found[Any], model: nn.Module) -> tuple[Site, ...]:
     for module, held in found.modules.items():
         if module not in here or here[module].kind != held.kind:
             raise AdapterMismatch(f"the adapter has a {held.kind} module {module!r} that this model lacks. {did_you_mean(module, here)}")
-        if found.config["target_modules"] not in (None, "all-linear") and not matches(found.config, module):
+        if held.kind != "experts" and found.config["target_modules"] not in (None, "all-linear") and not matches(found.config, module):
             raise AdapterMismatch(f"there are tensors for {module!r}, but {found.path} does not name that module; PEFT would ignore them")
     return tuple(site for name, site in here.items() if name in found.modules)
 

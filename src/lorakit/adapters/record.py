@@ -55,7 +55,9 @@ class SiteRecord(_Strict):
         if not all(len(p) == 2 and 0 <= p[0] < p[1] for p in pairs) or sum(p[1] - p[0] for p in pairs) != self.d_out:
             raise ValueError(f"the rows of {self.name!r} are not [start, stop] pairs of {self.d_out} rows together")
         if (self.kind == "experts") != (self.experts is not None):
-            raise ValueError(f"{self.name!r} is of kind {self.kind!r} with experts={self.experts}; stacked weights have a number, others none")
+            raise ValueError(
+                f"{self.name!r} is of kind {self.kind!r} with experts={self.experts}; stacked weights have a number, others none"
+            )
         return self
 
 

@@ -44,6 +44,9 @@ def convert(
         int | None,
         typer.Option("--svd-rank", min=1, help="plain LoRA; where it is not exact (DoRA), the closest of this rank, and its error"),
     ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="VeRA, VB-LoRA: leave out what can be drawn again, or serves further training alone")
+    ] = False,
 ) -> None:
     """Convert between lorakit's format and PEFT's, both ways."""
     from lorakit.adapters.convert import convert as run
@@ -52,6 +55,6 @@ def convert(
     name = model or recorded(adapter).get("model")
     base = base_of(adapter, model, needed=svd_rank is not None)
     native = not plain and svd_rank is None
-    for line in run(adapter, out, to=to, native=native, svd_rank=svd_rank, model=base, base_model=name):
+    for line in run(adapter, out, to=to, native=native, svd_rank=svd_rank, model=base, base_model=name, smaller=compact):
         print(line)
     print(f"{to} adapter:", out)

@@ -101,20 +101,24 @@ def merge(
         bool, typer.Option("--verify/--no-verify", help="compare adapter and merged model, refuse over the tolerance")
     ] = True,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="largest logit difference in fp32")] = 1e-3,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="pack the merged model again as its base was: smaller and lossy, by as much as is printed")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     force: Force = False,
 ) -> None:
     """Merge an adapter into a copy of its base, for plain AutoModel classes; the input is never touched."""
     from lorakit.serve.merge import merge as run
 
-    verdict = run(adapter, out, model=model, dtype=dtype, verify=verify, tolerance=tolerance, force=force)
+    verdict = run(adapter, out, model=model, dtype=dtype, verify=verify, tolerance=tolerance, force=force, requantize=requantize)
     if verdict is not None and as_json:
         return print(json.dumps(verdict.as_dict(), indent=1))
     if verdict is not None:
         for note in verdict.notes:
             print("note:", note)
         print(f"verified on {verdict.prompts} prompts: largest logit difference {verdict.max_abs_diff:.2e} in fp32, ", end="")
-        print(f"{verdict.target_max_abs_diff:.2e} as saved in {verdict.dtype} (rounding alone: {verdict.rounding:.2e}), ", end="")
+        saved = "packed again" if verdict.requantized else f"saved in {verdict.dtype}"
+        print(f"{verdict.target_max_abs_diff:.2e} as {saved} (rounding alone: {verdict.rounding:.2e}), ", end="")
         change = verdict.perplexity_change
         print("no perplexity of a classifier" if change is None else f"perplexity change {100 * change:+.4f} %")
     print("merged model:", out)

@@ -8,8 +8,10 @@ The same pair holds the legs of a chain (ReLoRA): `retire` moves the live pair b
 legs, one assignment each, so that forward stays of rank r; `expel` in core/layer.py gives the base its bits back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,14 @@ from lorakit.core.shared import Shared, refuse_shapes
 from lorakit.core.site import MODULES, STACKS, Kind, Site
 from lorakit.ops import reference as ops
 from lorakit.ops.grouped import each
+
+Squash = Literal["none", "softmax", "sigmoid"]
+SQUASH: dict[Squash, Callable[[Tensor], Tensor]] = {
+    "none": lambda g: g,
+    "softmax": partial(torch.softmax, dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+"""What the gate is of the stored g."""
 
 
 class LowRank(Delta):
@@ -38,7 +48,7 @@ class LowRank(Delta):
         super().__init__()
         self.r, self.s = spec.rank.at(site)
         self.p, self.stream = spec.dropout, random.stream(site.name)
-        self.draws, self.flexible = spec.dropout > 0, spec.flexible
+        self.draws, self.flexible, self.squash = spec.dropout > 0, spec.flexible, spec.squash
         self.provides, self.trains = spec.provides, frozenset(spec.train)
 
         stack = () if site.experts is None else (site.experts,)
@@ -62,7 +72,7 @@ class LowRank(Delta):
         return ops.expand(z, B.to(dtype), self.s)
 
     def weight(self) -> Tensor:
-        delta = self.B @ (self.A if self.g is None else self.g[:, None] * self.A)
+        delta = self.B @ self._gated()
         if self.A0 is not None and self.B0 is not None:
             delta = delta - self.B0[:, self.absorbed :] @ self.A0[self.absorbed :]
         return self.s * delta
@@ -102,7 +112,7 @@ class LowRank(Delta):
     def retire(self) -> None:
         """Move the live pair, its gate folded in, behind the legs; A, B and g stay as they are, to be set anew."""
         assert self.A0 is not None and self.B0 is not None
-        A = self.A if self.g is None else self.g[:, None] * self.A
+        A = self._gated()
         self.A0, self.B0 = torch.cat([self.A0, A.detach()]), torch.cat([self.B0, -self.B.detach()], dim=1)
 
     @torch.no_grad()
@@ -116,11 +126,15 @@ class LowRank(Delta):
             self.absorbed = leg.stop
 
     def _down(self) -> Tensor:
-        A = self.A if self.g is None else self.g[:, None] * self.A
+        A = self._gated()
         return A if self.A0 is None or len(self.A0) == self.absorbed else torch.cat([A, self.A0[self.absorbed :]])
 
     def _up(self) -> Tensor:
         return self.B if self.B0 is None or self.B0.shape[1] == self.absorbed else torch.cat([self.B, -self.B0[:, self.absorbed :]], dim=1)
+
+    def _gated(self) -> Tensor:
+        """diag(gate) A."""
+        return self.A if self.g is None else SQUASH[self.squash](self.g)[:, None] * self.A
 
     def _components(self) -> list[tuple[str, int]]:
         """Tensors with one slice a component, and the dimension it lies along."""
@@ -139,6 +153,7 @@ class LowRankSpec(DeltaSpec):
     anchor: bool = False
     legs: bool = False
     flexible: bool = False
+    squash: Squash = "none"
 
     def __post_init__(self) -> None:
         random.check_dropout(self.dropout)

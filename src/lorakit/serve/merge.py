@@ -2,6 +2,9 @@
 
 The merged model is computed in fp32, saved in the target dtype, loaded again with plain Transformers, and compared with the adapter on
 sample prompts: in fp32 before saving, and in the target dtype after. The input is never touched.
+
+A quantized base is decoded and the change added: exact up to rounding to the target dtype. Packed again (`requantize`) the model is as
+small as its base was, but loses what lies between two levels, often most of the change: the same comparison says what it costs.
 """
 
 import math
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.errors import BadParameter, CheckpointError, NotMergeable
-from lorakit.serve.open import Opened, open_adapter
+from lorakit.parts.bases.quantize import quantize
+from lorakit.serve.open import Opened, base_storage, open_adapter
 from lorakit.train.source_model import CLASSIFY
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,7 +34,7 @@ PROMPTS = (
 class Verdict:
     """`max_abs_diff`: largest logit difference of adapter and merged model in fp32; `target_max_abs_diff`: the same with the merged
     model as saved, in `dtype`; perplexities of the sample prompts; `rounding`: what the base's own rounding to `dtype` changes (0 in
-    fp32)."""
+    fp32); `requantized`: the saved model was packed again, so its difference is reported and not judged."""
 
     dtype: str
     max_abs_diff: float
@@ -41,6 +45,7 @@ class Verdict:
     prompts: int
     tolerance: float
     notes: tuple[str, ...] = ()
+    requantized: bool = False
 
     @property
     def perplexity_change(self) -> float | None:
@@ -52,7 +57,8 @@ class Verdict:
     @property
     def ok(self) -> bool:
         """fp32 within tolerance, and the saved model within it too, plus twice what rounding alone does to the base."""
-        return self.max_abs_diff <= self.tolerance and self.target_max_abs_diff <= self.tolerance + 2 * self.rounding
+        saved = self.requantized or self.target_max_abs_diff <= self.tolerance + 2 * self.rounding
+        return self.max_abs_diff <= self.tolerance and saved
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -68,8 +74,9 @@ def merge(
     verify: bool = True,
     tolerance: float = 1e-3,
     force: bool = False,
+    requantize: bool = False,
 ) -> Verdict | None:
-    """Write the merged model of adapter `folder` to `out`; it loads with plain AutoModel classes.
+    """Write the merged model of adapter `folder` to `out`; it loads with plain AutoModel classes (`requantize`: with bitsandbytes).
 
     Raises NotMergeable, and writes nothing, when verification exceeds `tolerance` (fp32 logits).
     """
@@ -78,6 +85,9 @@ def merge(
         raise BadParameter(f"dtype {dtype!r} cannot hold a merged model; expected {', '.join(DTYPES)}")
     if target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty; give another --out")
+    spec = base_storage(folder)
+    if requantize and spec is None:
+        raise BadParameter("the adapter's base is not quantized: there is no storage to pack the merged model into; leave out --requantize")
     opened = open_adapter(folder, model=model, dtype="float32", force=force)
     dtype = dtype or opened.meta.get("dtype", "float32")
     probe = probes(opened)
@@ -92,8 +102,10 @@ def merge(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         rounded = plain if dtype == "float32" else plain.to(getattr(torch, dtype))
+        if requantize:
+            rounded = quantize(rounded, spec)
         _save(rounded, opened, partial)
-        verdict = _verdict(opened, rounded, partial, probe, before, after, dtype, tolerance, notes) if verify else None
+        verdict = _verdict(opened, rounded, partial, probe, before, after, dtype, tolerance, notes, requantize) if verify else None
         if verdict is not None and not verdict.ok:
             raise NotMergeable(
                 f"merged and unmerged logits differ by {verdict.max_abs_diff:.2e} in fp32 and "
@@ -141,16 +153,16 @@ def _verdict(
     dtype: str,
     tolerance: float,
     notes: Any,
+    requantized: bool,
 ) -> Verdict:
-    with torch.no_grad():
-        reloaded = type(rounded).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[attr-defined]
+    with torch.no_grad():  # what was packed again would need bitsandbytes to be read
+        reloaded = rounded if requantized else type(rounded).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[attr-defined]
         saved = [logits(reloaded, ids) for ids in probe]
         # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
         rounding = 0.0 if dtype == "float32" else largest([logits(rounded, ids) for ids in probe], after)
     perplexities = [None, None] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
-    return Verdict(
-        dtype, largest(before, after), largest(before, saved), rounding, perplexities[0], perplexities[1], len(probe), tolerance, notes
-    )
+    differences = largest(before, after), largest(before, saved), rounding
+    return Verdict(dtype, *differences, perplexities[0], perplexities[1], len(probe), tolerance, notes, requantized)
 
 
 def largest(a: list[Tensor], b: list[Tensor]) -> float:

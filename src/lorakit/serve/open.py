@@ -15,6 +15,7 @@ from lorakit.core.attach import Adapted, attach_adapter
 from lorakit.core.base import BaseSpec
 from lorakit.core.errors import BadParameter
 from lorakit.core.method import get_method
+from lorakit.parts.bases.quantize import stored_as
 from lorakit.train.source_model import CLASSIFY, load_base, load_model, load_tokenizer
 
 
@@ -48,7 +49,7 @@ def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | N
     if not name:
         raise BadParameter(f"the adapter {folder} does not name its base; give it with --model")
     labels = facts.get("labels") or None
-    base = load_base(name, facts, own_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype=dtype, labels=labels)
+    base = load_base(name, facts, base_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype=dtype, labels=labels)
     adapter = load_adapter(folder, model=base)
     tokenizer = load_tokenizer(name, chat_template=facts.get("chat_template"))
     adapted = attach_adapter(base, adapter, force=force)
@@ -63,13 +64,14 @@ def base_of(folder: str | Path, model: str | None, *, needed: bool) -> nn.Module
     return load_model(name, task=CLASSIFY if labels else "causal-lm", labels=labels) if name else None
 
 
-def own_storage(folder: str | Path) -> BaseSpec | None:
-    """How an adapter's method itself stores the base; None for as it is."""
+def base_storage(folder: str | Path) -> BaseSpec | None:
+    """How the base of an adapter in a folder was stored in training; None for as it is."""
     own = locate(folder, RECORD)
     if own is None:
         return None
-    recipe = recipe_in(read_record(read_bounded(own), own), own)
-    return get_method(recipe.name, **recipe.kwargs).base
+    record = read_record(read_bounded(own), own)
+    recipe = recipe_in(record, own)
+    return stored_as(record.meta.get("quantized")) or get_method(recipe.name, **recipe.kwargs).base
 
 
 def recorded(folder: str | Path) -> dict[str, Any]:

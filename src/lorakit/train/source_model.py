@@ -19,7 +19,7 @@ from transformers import logging as transformers_logging
 
 from lorakit.core.base import BaseSpec
 from lorakit.core.errors import BadParameter, CheckpointError
-from lorakit.parts.bases.quantize import quantize, stored_as
+from lorakit.parts.bases.quantize import quantize
 from lorakit.train.config import BUNDLED
 
 CLASSIFY = "sequence-classification"
@@ -67,17 +67,17 @@ def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", la
 
 
 def load_base(
-    name: str, facts: Mapping[str, Any], own: BaseSpec | None, *, task: str, dtype: str | None = None, labels: list[Any] | None = None
+    name: str, facts: Mapping[str, Any], spec: BaseSpec | None, *, task: str, dtype: str | None = None, labels: list[Any] | None = None
 ) -> nn.Module:
-    """The base of an adapter that says `facts` of itself, stored as in training; `own`: how its method stores it.
+    """The base of an adapter that says `facts` of itself, stored by `spec` as in training.
 
-    It is packed in the dtype that it had then, and cast to `dtype` after: packed from other roundings the codes would differ.
+    It is packed in the dtype that it had then and cast to `dtype` after: packed from other roundings, the codes would differ.
     """
-    stored = facts.get("quantized") or {}
     trained = facts.get("dtype", "float32")
-    spec = stored_as(stored) or own
-    model = load_model(name, task=task, dtype=stored.get("dtype", trained) if spec else dtype or trained, labels=labels)
-    return model if spec is None else quantize(model, spec).to(getattr(torch, dtype or trained))
+    if spec is None:
+        return load_model(name, task=task, dtype=dtype or trained, labels=labels)
+    packed_from = (facts.get("quantized") or {}).get("dtype", trained)
+    return quantize(load_model(name, task=task, dtype=packed_from, labels=labels), spec).to(getattr(torch, dtype or trained))
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def build(config: TrainConfig, here: World) -> Parts:
     model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels).to(here.device)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    method, data = with_head(config, model, rows.task), make_data(tasks, config, tokenizer, model)
+    method = with_head(config, model, rows.task)
+    data = make_data(tasks, config, tokenizer, model, method)
     if (spec := NF4Spec() if config.quantize == "nf4" else method.base) is not None:
         quantize(model, spec)  # before attach, which would keep the original weights
     shown = calibration(data.train, config, here, method.init.batches) if isinstance(method.init, Calibrated) else None
@@ -92,14 +93,19 @@ def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
     return config.build_method()
 
 
-def make_data(tasks: Sequence[Rows], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TrainData:
+def make_data(
+    tasks: Sequence[Rows], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module, method: Method
+) -> TrainData:
     """Tokenized items. Packing that the user asked for must be exact; where it cannot be and was not asked for, samples are padded."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     packing = config.packing and tasks[0].task != CLASSIFY
+    patched = attach(model, Method(None, patches=method.patches)) if method.patches else None  # a patch may stand in front of one document
     if packing and "packing" in config.model_fields_set:
         check_packing(model)
     elif packing:
         packing = why_not_packable(model) is None
+    if patched is not None:
+        patched.detach()
     first, *later = (prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder) for rows in tasks)
     return replace(first, later=tuple(later))
 

@@ -1,6 +1,8 @@
 """ADALORA: ΔW = alpha / (r + 1e-5) · B · diag(E) · A, the triplets that were not pruned.
 
-<module>.lora_A [r, in] · lora_B [out, r] · lora_E [r, 1]          no ".weight"; rank_pattern holds a mask over the initial r a module
+    base_model.model.<module>.lora_A [r, in] · lora_B [out, r] · lora_E [r, 1]
+
+There is no ".weight". `rank_pattern` holds a mask over the initial r of every module.
 """
 
 from collections.abc import Mapping, Sequence

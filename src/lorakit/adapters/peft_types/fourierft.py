@@ -1,7 +1,4 @@
-"""FOURIERFT: a few entries of the update's spectrum, at places that are drawn again from their seed.
-
-    base_model.model.<module>.fourierft_spectrum [n]
-"""
+"""FOURIERFT: a few entries of the update's spectrum, `fourierft_spectrum` [n], at places that are drawn again from their seed."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +16,10 @@ from lorakit.core.errors import AdapterMismatch
 from lorakit.core.scale import lookup
 from lorakit.core.site import Site
 
-OWN: dict[str, Any] = {"n_frequency": 1000, "n_frequency_pattern": {}, "random_loc_seed": 777, "scaling": 150.0}
+OWN: dict[str, Any] = {
+    "bias": "none", "exclude_modules": None, "fan_in_fan_out": False, "init_weights": False, "n_frequency": 1000, "n_frequency_pattern": {},
+    "random_loc_seed": 777, "scaling": 150.0,
+}  # fmt: skip
 
 
 def fourierft(adapter: Adapter, model: nn.Module | None) -> Form[Part] | None:
@@ -46,10 +46,7 @@ class FourierFT(OwnType):
 
     table = Table(
         name="FOURIERFT",
-        config={
-            **COMMON, **TARGETS, **OWN, "peft_type": "FOURIERFT", "bias": "none", "exclude_modules": None, "fan_in_fan_out": False,
-            "init_weights": False,
-        },  # fmt: skip
+        config={**COMMON, **TARGETS, **OWN, "peft_type": "FOURIERFT"},
         followed=FOLLOWED | OWN.keys(),
         keys={"linear": {"c": "fourierft_spectrum"}},
         native={"fourierft": fourierft},

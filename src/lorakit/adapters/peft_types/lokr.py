@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.peft_fields import COMMON, FOLLOWED, TARGETS, by_pattern, number, positive, switch, whole
+from lorakit.adapters.peft_fields import COMMON, FOLLOWED, TARGETS, by_pattern, number, positive, switch
 from lorakit.adapters.peft_names import is_conv1d
-from lorakit.adapters.peft_type import Form, Found, Part, PeftType, Table, argument
+from lorakit.adapters.peft_type import Form, Found, Part, PeftType, Table, argument, whole_linear
 from lorakit.adapters.peft_types.own import check_names
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import AdapterMismatch
@@ -48,8 +48,7 @@ class Product:
 def krona(adapter: Adapter, model: nn.Module | None) -> Form[Product] | None:
     """w1 and w2, where PEFT would cut the weights in the same way; it knows the type for torch's own linear modules only."""
     out, into = argument(adapter, "factor_out"), argument(adapter, "factor_in")
-    plain = all(site.kind == "linear" and site.rows is None and not is_conv1d(site.name, model) for site in adapter.sites)
-    if out != into or not plain:
+    if out != into or not whole_linear(adapter) or any(is_conv1d(site.name, model) for site in adapter.sites):
         return None
     s = float(argument(adapter, "scaling"))
     modules = {site.name: Product(adapter.of(site)["w1"], adapter.of(site)["w2"], s) for site in adapter.sites}
@@ -104,7 +103,7 @@ class Lokr(PeftType[Product]):
         """One scale for all modules: where theirs differ, they go into w1."""
         scales = {product.s for product in found.modules.values()}
         s = scales.pop() if len(scales) == 1 else 1.0
-        modules = {name: product if product.s == s else Product(product.w1 * product.s, product.w2, s) for name, product in found.modules.items()}
+        modules = {name: p if p.s == s else Product(p.w1 * p.s, p.w2, s) for name, p in found.modules.items()}
         factor = found.config["decompose_factor"]
         return "krona", {"factor_out": factor, "factor_in": factor, "scaling": s}, modules
 
@@ -117,5 +116,6 @@ def _full(module: str, name: str, part: Part) -> Tensor:
         return part.tensors[name]
     a, b = part.tensors[f"{name}_a"], part.tensors[f"{name}_b"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        raise AdapterMismatch(f"the tensors of module {module!r} do not fit each other: {name}_a {tuple(a.shape)}, {name}_b {tuple(b.shape)}")
+        shapes = f"{name}_a {tuple(a.shape)}, {name}_b {tuple(b.shape)}"
+        raise AdapterMismatch(f"the tensors of module {module!r} do not fit each other: {shapes}")
     return a @ b

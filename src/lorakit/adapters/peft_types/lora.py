@@ -1,7 +1,9 @@
-"""LORA: ΔW = s · B · A, or with `use_dora` its rows rescaled to m; with `init_lora_weights: pissa`, of a base without its principal part.
+"""LORA: ΔW = s · B · A.
 
-base_model.model.<module>.lora_A.weight [r, in] · lora_B.weight [out, r] · lora_magnitude_vector [out]
-base_model.model.<embedding>.lora_embedding_A [r, vocabulary] · lora_embedding_B [dim, r]
+    base_model.model.<module>.lora_A.weight [r, in] · lora_B.weight [out, r] · lora_magnitude_vector [out]
+    base_model.model.<embedding>.lora_embedding_A [r, vocabulary] · lora_embedding_B [dim, r]
+
+With `use_dora` the rows are rescaled to the magnitude; with `init_lora_weights: pissa` the base is without its principal part.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.peft_type import Form, Found, Part, PeftType
+from lorakit.adapters.peft_type import Form, Found, Part, PeftType, whole_linear
 from lorakit.core.adapter import POOL, Adapter
 from lorakit.core.errors import AdapterMismatch
 from lorakit.core.method import Method
@@ -29,7 +29,7 @@ def pooled(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def own_form(adapter: Adapter, peft_type: str, fields: dict[str, Any], shared: Collection[str] = ()) -> Form[Part] | None:
     """Every tensor as it is, with these of the pool; None where a site is a part of a weight or an embedding."""
-    if not all(site.kind == "linear" and site.rows is None for site in adapter.sites):
+    if not whole_linear(adapter):
         return None
     modules = {site.name: Part(site.kind, adapter.of(site)) for site in adapter.sites}
     pool = {name: tensor for name, tensor in adapter.shared(POOL).items() if name in shared}

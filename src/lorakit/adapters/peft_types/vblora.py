@@ -1,8 +1,10 @@
-"""VBLORA: the factors are put together from a bank of vectors, by all logits or, with `save_only_topk_weights`, by the choice alone.
+"""VBLORA: the factors are put together from a bank of vectors.
 
     base_model.vblora_vector_bank [num_vectors, vector_length]
     base_model.model.<module>.vblora_logits_A [r, in / vector_length, num_vectors] · vblora_logits_B [out / vector_length, r, num_vectors]
-    … vblora_logits_A_topk_indices [.., topk] · vblora_logits_A_topk_weights [.., topk − 1], and so for B: the last weight is what is left of 1
+    … vblora_logits_A_topk_indices [.., topk] · vblora_logits_A_topk_weights [.., topk − 1], and so for B
+
+The last line is what `save_only_topk_weights` leaves of the logits: the choice. Its last weight is what is left of 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from lorakit.adapters.peft_fields import COMMON, FOLLOWED, TARGETS, number, posi
 from lorakit.adapters.peft_type import Form, Found, Part, Table, argument
 from lorakit.adapters.peft_types.own import OwnType, check_names, own_form
 from lorakit.core.adapter import Adapter
+from lorakit.core.errors import AdapterMismatch
 from lorakit.core.site import Site
 
 OWN: dict[str, Any] = {
@@ -55,7 +58,11 @@ class VbLora(OwnType):
     )
 
     def module(self, name: str, part: Part, config: Mapping[str, Any], path: Path) -> Part:
-        return check_names(name, part, set(CHOICE if config["save_only_topk_weights"] else FULL), path=path)
+        part = check_names(name, part, set(CHOICE if config["save_only_topk_weights"] else FULL), path=path)
+        beyond = [key for key, tensor in part.tensors.items() if key.endswith("indices") and (tensor.long() >= config["num_vectors"]).any()]
+        if beyond:
+            raise AdapterMismatch(f"module {name!r} chooses vectors that the bank of {config['num_vectors']} in {path} does not have")
+        return part
 
     def closest(self, found: Found[Part], sites: Sequence[Site]) -> tuple[str, dict[str, Any], dict[str, Part]]:
         kwargs = {ours: found.config[field] for field, ours in ARGUMENTS.items()}

@@ -1,7 +1,9 @@
-"""VERA: ΔW = diag(b) · B · diag(d) · A, with one frozen pair for all modules, in the file or to be drawn again from its key.
+"""VERA: ΔW = diag(b) · B · diag(d) · A, with one frozen pair for all modules.
 
     base_model.vera_A [r, largest in] · base_model.vera_B [largest out, r]          with save_projection
     base_model.model.<module>.vera_lambda_d [r] · vera_lambda_b [out]
+
+A pair that is not in the file is drawn again from its key.
 """
 
 from collections.abc import Mapping, Sequence

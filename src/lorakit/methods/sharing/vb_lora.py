@@ -95,8 +95,9 @@ class Composed(Delta):
     def _choice(self, name: str) -> tuple[Tensor, Tensor]:
         if not self.compact:
             return ops.choose(self.get_parameter(f"{name}_logits"), self.k)
-        first = self.get_buffer(f"{name}_weights")
-        return torch.cat([first, 1 - first.sum(-1, keepdim=True)], -1), self.get_buffer(f"{name}_indices").int()
+        first, indices = self.get_buffer(f"{name}_weights"), self.get_buffer(f"{name}_indices").int()
+        # the remainder, so that no file can ask for a vector that is not there
+        return torch.cat([first, 1 - first.sum(-1, keepdim=True)], -1), indices % len(self.banks[0].V)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@
     û = (1 − β) u + β · up(m)              the step; Adafactor limits its size and scales it by the weight's
     m ← β m + (1 − β) down(u)              r × max(m, n) values instead of m × n
 
-P is drawn anew every κ steps, and m moves over: m ← down_new(up_old(m)).
+P is drawn anew every κ steps, and m moves over: m ← down_new(up_old(m)). That makes m √(d / r) times larger on average, d the smaller
+dimension, so β^κ must be smaller than √(r / d).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -104,13 +106,27 @@ class Flora:
         return lambda params: FloraOptimizer([{"params": params}], self, lr=0.0, weight_decay=0.0)
 
     def build(self, table: ParamTable, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-        """The optimizer of a run, in one group in the table's order."""
+        """The optimizer of a run, in one group in the table's order. Raises BadParameter for a momentum that would grow without bound."""
+        for p in table:
+            self._check(p.name, p.tensor.shape)
         group = {"params": [p.tensor for p in table], "names": [p.name for p in table]}
         return FloraOptimizer([group], self, lr=lr, weight_decay=weight_decay)
 
     def compresses(self, shape: torch.Size) -> bool:
         """Matrices larger than r both ways and at most four times as long as wide, which leaves embeddings out (the official rule)."""
         return len(shape) == 2 and min(shape) > self.r and max(shape) <= 4 * min(shape)
+
+
+    def _check(self, name: str, shape: torch.Size) -> None:
+        if self.beta1 == 0 or not self.compresses(shape):
+            return
+        wider = min(shape) / self.r  # what moving m over does to ‖m‖², on average; in between it decays by β^2κ
+        least = math.floor(math.log(wider) / (-2 * math.log(self.beta1))) + 1
+        if self.kappa < least:
+            raise BadParameter(
+                f"kappa={self.kappa} is too short for beta1={self.beta1} and r={self.r}: at {name} every new projection makes the momentum "
+                f"√{wider:.3g} times larger, more than it decays in between; use kappa >= {least}"
+            )
 
 
 class FloraOptimizer(torch.optim.Optimizer):

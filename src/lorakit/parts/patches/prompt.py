@@ -104,7 +104,7 @@ def refuse(cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
     if mask is not None and mask.ndim != 2:
         raise Incompatible(f"a trained prompt needs an attention mask of [batch, tokens]; found {mask.ndim} dimensions")
     if mask is None and positions is not None and bool((positions.diff(dim=1) != 1).any()):
-        raise Incompatible("a trained prompt stands in front of one document, and this window holds several: turn packing off")
+        raise Incompatible("a trained prompt stands in front of one document, and this window holds several: give each a row of its own")
 
 
 def _covering(mask: Tensor, total: int, n: int) -> Tensor:
