@@ -12,6 +12,10 @@ from lorakit.adapters.peft_types import NATIVE, TYPES
 CLASSES = {
     "LORA": peft.LoraConfig,
     "ADALORA": lambda: peft.AdaLoraConfig(total_step=1),
+    "VERA": peft.VeraConfig,
+    "VBLORA": peft.VBLoRAConfig,
+    "FOURIERFT": peft.FourierFTConfig,
+    "LOKR": peft.LoKrConfig,
 }
 
 

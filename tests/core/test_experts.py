@@ -458,7 +458,7 @@ def test_a_part_of_the_experts_is_refused() -> None:
 def test_who_cannot_adapt_stacks_says_so_before_anything_changes() -> None:
     model = base("mixtral")
     kind = type(model.model.layers[0].self_attn.q_proj)
-    with pytest.raises(Incompatible, match=r"DecomposedSpec .* cannot adapt 4 stacks of experts .*gate_up_proj.*linear-modules"):
+    with pytest.raises(Incompatible, match=r"DecomposedSpec .* cannot adapt 4 weights of a mixture .*gate_up_proj.*linear-modules"):
         attach(model, small("dora"))
     assert type(model.model.layers[0].self_attn.q_proj) is kind
     attach(model, small("dora", sites="linear-modules"))

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,8 @@ class Stream(Iterator[list[dict[str, Any]]]):
 
 class Run:
     """`total` steps of the active method. `data(i)`: step i's batch; `loss(model, batch)`: its mean loss; `reduce(grads)`: what processes
-    do together. It is a `core.events.Run` for the controllers and the loop."""
+    do together; `tasks`: how many in sequence, with a `border` between two; `shown(task)`: a task's data for statistics. It is a
+    `core.events.Run` for the controllers and the loop."""
 
     def __init__(
         self,
@@ -46,7 +48,10 @@ class Run:
         data: Callable[[int], Tensor] = batch,
         loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
         reduce: Callable[[list[Tensor]], None] | None = None,
+        tasks: int = 1,
+        shown: Callable[[int], Calibration] = lambda task: calibration(8),
     ) -> None:
+        self.task, self.shown = Task(0, tasks), shown
         (name,) = adapted.active
         self.adapted, self.method, self.total, self.clip = adapted, adapted.methods[name], total, clip
         self.data, self.loss_of, self.reduce, self.index, self.lr = data, loss, reduce, 0, lr
@@ -57,7 +62,7 @@ class Run:
         for c in self.controllers:
             c.start()
         for c in self.controllers:
-            c.before_task(Task(0, 1))
+            c.before_task(self.task)
 
     def _make_optimizer(self) -> None:
         self.optimizer: torch.optim.Optimizer = (self.method.optim or AdamW()).build(self.adapted.params(), lr=self.lr)
@@ -112,7 +117,9 @@ class Run:
     def loss(self, batches: list[dict[str, Any]], info: Step) -> tuple[float, int]:
         (batch,) = batches
         with self.adapted.given(step=info.index):
-            return self._loss(batch, info)[1], 1
+            found = torch.tensor([self._loss(batch, info)[1]], dtype=torch.float64)
+        self.total_(found)
+        return found.item(), 1
 
     def update(self, info: Step) -> None:
         tensors = [p.tensor for p in self.adapted.params()]
@@ -135,7 +142,18 @@ class Run:
             self.reduce([tensor])
 
     def calibration(self, batches: int) -> Calibration:
-        return calibration(batches or 8)
+        data = self.shown(self.task.index)
+        return replace(data, batches=data.batches[: batches or None])
+
+    def border(self) -> "Run":
+        """From one task to the next."""
+        for c in self.controllers:
+            c.after_task(self.task)
+        self.task = Task(self.task.index + 1, self.task.count)
+        self._make_optimizer()
+        for c in self.controllers:
+            c.before_task(self.task)
+        return self
 
     def steps(self, n: int) -> "Run":
         for _ in range(n):
@@ -144,7 +162,7 @@ class Run:
 
     def finish(self) -> Adapted:
         for c in self.controllers:
-            c.after_task(Task(0, 1))
+            c.after_task(self.task)
         for c in self.controllers:
             c.finish()
         self.adapted.model.eval()
@@ -155,13 +173,14 @@ class Run:
         (name,) = self.adapted.active
         buffer = io.BytesIO()
         parts = {"adapter": dict(self.adapted.state(name).tensors), "optimizer": self.optimizer.state_dict(), "index": self.index}
-        parts |= {"streams": [s.position for s in self.streams], "loop": self.loop.state_dict()}
+        parts |= {"streams": [s.position for s in self.streams], "loop": self.loop.state_dict(), "task": self.task.index}
         torch.save(parts | {"controllers": [c.state_dict() for c in self.controllers]}, buffer)
         return buffer.getvalue()
 
     def restore(self, state: bytes) -> "Run":
         (name,) = self.adapted.active
         parts = torch.load(io.BytesIO(state), weights_only=True)
+        self.task = Task(parts["task"], self.task.count)
         self.adapted.fit(name, parts["adapter"])
         self.adapted.load_tensors(name, parts["adapter"])
         self._make_optimizer()

@@ -13,10 +13,10 @@ PLACES = (("llama", "all-linear"), ("bert", "attention"), ("gpt2", ["c_attn[q]",
 
 
 def inputs(branch: Branch, *, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
-    """Random input of one site: [3, 5, d_in], ids [3, 5] at an embedding, rows for each expert [E, 5, d_in] at a stack."""
+    """Random input of one site: [3, 5, d_in], every id once at an embedding, rows for each expert [E, 5, d_in] at a stack."""
     gen = torch.Generator().manual_seed(seed)
     if branch.site.kind == "embedding":
-        return torch.randint(branch.site.d_in, (3, 5), generator=gen)
+        return torch.randperm(branch.site.d_in, generator=gen)[None]
     return torch.randn(branch.site.experts or 3, 5, branch.site.d_in, generator=gen, dtype=torch.float64).to(dtype)
 
 

@@ -16,7 +16,7 @@ import pydantic
 from torch import Tensor
 
 from lorakit.adapters.folder import locate
-from lorakit.adapters.peft_experts import Stacks
+from lorakit.adapters.peft_experts import Targets
 from lorakit.adapters.peft_names import PREFIX, SHARED, VOCABULARY, Keys, parsed, saved_module
 from lorakit.adapters.peft_type import Found, Part
 from lorakit.adapters.peft_types import TYPES
@@ -66,10 +66,10 @@ def read_side(folder: Path, files: Mapping[str, str]) -> Side | None:
     return Side(path, read_record(json.dumps(side.adapter).encode(), path), side.restorable)
 
 
-def sorted_out(config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path, stacks: Stacks) -> Found[Any]:
+def sorted_out(config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path, targets: Targets) -> Found[Any]:
     """Every tensor in its place. Raises AdapterMismatch for one that has none."""
     kind = TYPES[config["peft_type"]]
-    parts, rest = _parts(kind.table.keys, kind.opened(tensors, config, stacks, path), path)
+    parts, rest = _parts(kind.table.keys, kind.opened(tensors, config, targets, path), path)
     if not parts:
         raise AdapterMismatch(f"{path.parent} holds no tensors of peft_type {kind.table.name}")
     shorts = {SHARED + key: name for name, key in kind.table.shared.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from lorakit.adapters.folder import locate
 from lorakit.adapters.io import check, read_weights
 from lorakit.adapters.peft_config import CONFIG, read_config
-from lorakit.adapters.peft_experts import stacks_of
+from lorakit.adapters.peft_experts import targets_of
 from lorakit.adapters.peft_fields import DETERMINED
 from lorakit.adapters.peft_files import WEIGHTS, Side, digests, read_side, sorted_out
 from lorakit.adapters.peft_recipe import closest
@@ -52,10 +52,10 @@ def _read(folder: Path, model: nn.Module | None) -> tuple[Found[Any], Side | Non
     data = read_weights(weights, folder, WEIGHTS)
     side = read_side(folder, digests({CONFIG: raw, WEIGHTS: data}))
     known = [s.site() for s in side.record.sites] if side is not None and side.restorable else []
-    stacks = stacks_of(model, known)
-    if config.get("target_parameters") and model is None and not (stacks and all(site.rows is None for site in stacks)):
+    targets = targets_of(model, known)
+    if config.get("target_parameters") and model is None and not (targets and all(site.rows is None for site in targets)):
         raise CheckpointError(f"{folder} adapts experts: give the model it is for (--model) to know the shapes of their weights")
-    return sorted_out(config, unpack(data, weights or folder), path, stacks), side
+    return sorted_out(config, unpack(data, weights or folder), path, targets), side
 
 
 def _assembled(recipe: Recipe, sites: tuple[Site, ...], found: Found[Any], meta: dict[str, Any], model: nn.Module | None) -> Adapter:

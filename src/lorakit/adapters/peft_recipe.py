@@ -3,18 +3,19 @@
 LoRA+, LoRA-FA and the random inits leave no trace in PEFT's files: they come back as LoRA, which computes the same.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.adapters.peft_names import matches, saved_module, targets
+from lorakit.adapters.peft_names import matches, module_names, saved_module, shortest
 from lorakit.adapters.peft_type import Found
 from lorakit.adapters.peft_types import TYPES
 from lorakit.core.errors import AdapterMismatch, did_you_mean
 from lorakit.core.method import Recipe, get_method
-from lorakit.core.site import Site, Where, select, sites_of
+from lorakit.core.site import MODULES, Site, Where, ours, select, sites_of
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,20 @@ def _sites(found: Found[Any], model: nn.Module) -> tuple[Site, ...]:
     for module, held in found.modules.items():
         if module not in here or here[module].kind != held.kind:
             raise AdapterMismatch(f"the adapter has a {held.kind} module {module!r} that this model lacks. {did_you_mean(module, here)}")
-        if held.kind != "experts" and found.config["target_modules"] not in (None, "all-linear") and not matches(found.config, module):
+        if held.kind in MODULES and found.config["target_modules"] not in (None, "all-linear") and not matches(found.config, module):
             raise AdapterMismatch(f"there are tensors for {module!r}, but {found.path} does not name that module; PEFT would ignore them")
+    if not TYPES[found.config["peft_type"]].table.identity and found.config["target_modules"] not in (None, "all-linear"):
+        bare = [name for name, site in here.items() if site.kind == "linear" and name not in found.modules and matches(found.config, name)]
+        if bare:
+            raise AdapterMismatch(f"{found.path} adapts {bare[0]!r}, and there are no tensors for it; PEFT would start it at random")
     return tuple(site for name, site in here.items() if name in found.modules)
 
 
 def _where(sites: tuple[Site, ...], model: nn.Module) -> Where:
     """The sites as a person would name them, or all their names."""
     names = [s.name for s in sites]
-    short = targets(names, model)
-    where = f"re:{short}" if isinstance(short, str) else short
+    others = {*module_names(model), *(name for name, _ in model.named_parameters() if not ours(name))} - set(names)
+    where = shortest(names, others, whole=False) or f"re:{'|'.join(map(re.escape, sorted(names)))}"
     return where if [s.name for s in select(model, where)] == names else names
 
 

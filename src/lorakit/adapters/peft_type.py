@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from lorakit.adapters.peft_experts import Stacks
+from lorakit.adapters.peft_experts import Targets
 from lorakit.adapters.peft_fields import Fits
 from lorakit.core.adapter import Adapter
 from lorakit.core.method import Method, describe
@@ -101,6 +101,8 @@ class Table:
     """The word in the field `bias` for the biases of adapted modules alone; None where the type trains no biases."""
     dropout: str | None = None
     """The field that holds the probability of our `dropout`."""
+    identity: bool = True
+    """Whether PEFT starts a module at no change, so that one without tensors in the file does no harm."""
 
 
 class PeftType(ABC, Generic[H]):
@@ -116,8 +118,8 @@ class PeftType(ABC, Generic[H]):
         """What a form says in the type's fields, beside `form.fields`; where possible in the words that its configuration once used."""
         return {}
 
-    def opened(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], stacks: Stacks, path: Path) -> Mapping[str, Tensor]:
-        """A file's tensors, those of experts' `stacks` as one stack a weight."""
+    def opened(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], targets: Targets, path: Path) -> Mapping[str, Tensor]:
+        """A file's tensors, those of parameters that PEFT wraps under the parameters' own paths."""
         return tensors
 
     def placed(self, form: Form[H], *, old: Collection[str] = ()) -> dict[str, tuple[Kind, Mapping[str, Tensor]]]:

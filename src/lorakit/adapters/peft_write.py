@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG, check_config
-from lorakit.adapters.peft_experts import experts_fields, stacks_of
+from lorakit.adapters.peft_experts import parameter_fields, refuse_taken, targets_of
 from lorakit.adapters.peft_fields import DETERMINED
 from lorakit.adapters.peft_files import SIDE, WEIGHTS, digests
 from lorakit.adapters.peft_form import form_of
@@ -28,7 +28,7 @@ from lorakit.adapters.weights import floats, pack
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import AdapterMismatch, CheckpointError, NotExportable, did_you_mean
 from lorakit.core.method import describe
-from lorakit.core.site import sites_of
+from lorakit.core.site import MODULES, sites_of
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _old(form: Form[Any], model: nn.Module | None) -> set[str]:
     """The stacks that the layout before 0.19 turned over: all but those stored transposed."""
     if model is None:
         raise NotExportable("before_0_19 needs the base, to know how its experts are stored: give the model")
-    return {site.name for site, transposed in stacks_of(model, ()).items() if not transposed and site.name in form.modules}
+    return {site.name for site, transposed in targets_of(model, ()).items() if not transposed and site.name in form.modules}
 
 
 def _base_weights(form: Form[Any], model: nn.Module | None) -> dict[str, Tensor]:
@@ -124,8 +124,9 @@ def _config(
     adapter: Adapter, form: Form[Any], saved: Saved, named: Mapping[str, str], model: nn.Module | None, *, old: bool
 ) -> dict[str, Any]:
     """The defaults; over them what the PEFT folder said that the adapter came from; over that what the adapter itself says."""
-    stacks = _stacked(form)
-    modules = [name for name in form.modules if name not in stacks]
+    parameters = _parameters(form)
+    modules = [name for name in form.modules if name not in parameters]
+    refuse_taken(modules, model)
     kind = TYPES[form.peft_type]
     carried = _carried(adapter, kind.table)
     config = {**kind.table.config, **carried, **named}
@@ -136,16 +137,16 @@ def _config(
     if not selected(config, modules, model):
         config |= {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in config}
         config["target_modules"] = targets(modules, model)
-    config |= experts_fields(config, stacks, model, old=old) if "target_parameters" in config else {}
+    config |= parameter_fields(config, parameters, model, old=old) if "target_parameters" in config else {}
     if config["task_type"] is None and config["auto_mapping"] is None and model is not None:
         base = model.__class__
         config["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     return config
 
 
-def _stacked(form: Form[Any]) -> list[str]:
-    """The experts' stacked weights among the modules."""
-    return [name for name, held in form.modules.items() if held.kind == "experts"]
+def _parameters(form: Form[Any]) -> list[str]:
+    """Those of the modules that PEFT adapts as parameters, without any dropout."""
+    return [name for name, held in form.modules.items() if held.kind not in MODULES]
 
 
 def _determined(adapter: Adapter, form: Form[Any], saved: Saved, table: Table, model: nn.Module | None) -> dict[str, Any]:
@@ -153,9 +154,9 @@ def _determined(adapter: Adapter, form: Form[Any], saved: Saved, table: Table, m
         raise NotExportable(f"PEFT's {table.name} has no place for the biases that this adapter trained; write plain LoRA (--plain)")
     fields = {
         "bias": saved.bias(table.bias or "none"),
-        "fan_in_fan_out": any(is_conv1d(name, model) for name in set(form.modules) - set(_stacked(form))),
+        "fan_in_fan_out": any(is_conv1d(name, model) for name in set(form.modules) - set(_parameters(form))),
     }
-    return fields if table.dropout is None else {**fields, table.dropout: 0.0 if _stacked(form) else _dropout(adapter)}
+    return fields if table.dropout is None else {**fields, table.dropout: 0.0 if _parameters(form) else _dropout(adapter)}
 
 
 def _carried(adapter: Adapter, table: Table) -> dict[str, Any]:

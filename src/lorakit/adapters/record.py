@@ -35,7 +35,7 @@ class SiteRecord(_Strict):
     """One site."""
 
     name: str
-    kind: Literal["linear", "embedding", "experts"]
+    kind: Literal["linear", "embedding", "experts", "router"]
     d_in: int = Side
     d_out: int = Side
     layer: int | None

@@ -260,6 +260,7 @@ class Adapted:
                 shifts = [b for k in slot.active if (b := slot.branches[k].bias()) is not None]  # type: ignore[operator]
                 if shifts:
                     base.shift_(functools.reduce(torch.add, shifts))
+                base.open_()
                 base.assign_(base.dense(wide) + functools.reduce(torch.add, changes))
                 slot.active = ()
                 if id(base.module) in tied:

@@ -32,8 +32,11 @@ class Base(Protocol):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as d_out × d_in, detached."""
 
+    def open_(self) -> None:
+        """Hold W densely until `restore_`, so that what is assigned loses nothing but its rounding to `dtype`."""
+
     def assign_(self, weight: Tensor) -> None:
-        """Store `weight` (d_out × d_in) in the base's own dtype, keeping the original for `restore_`."""
+        """Store `weight` (d_out × d_in) as the base is stored, keeping the original for `restore_`."""
 
     def shift_(self, change: Tensor) -> None:
         """Add to the bias, which there must be, keeping the original for `restore_`."""
@@ -101,6 +104,9 @@ class _Stored:
         self.kept = self.kept_bias = None
 
     def expand_(self) -> None:
+        return None
+
+    def open_(self) -> None:
         return None
 
     @property
@@ -196,6 +202,9 @@ class Stacked:
         self.kept = None
 
     def expand_(self) -> None:
+        return None
+
+    def open_(self) -> None:
         return None
 
     def _turned(self, stored: Tensor) -> Tensor:

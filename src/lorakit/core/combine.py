@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
 from lorakit.core.delta import Delta
-from lorakit.core.site import STACKS, Kind, Site
+from lorakit.core.site import MIXTURES, Kind, Site
 
 
 class Combine(nn.Module, ABC):
@@ -70,7 +70,7 @@ class Add(Combine):
 class AddSpec:
     """Plain addition."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     requires: frozenset[str] = frozenset()
 
     def build(self, site: Site, base: Base, delta: Delta) -> Add:

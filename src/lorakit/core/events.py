@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
 from lorakit.core.delta import Delta
-from lorakit.core.site import STACKS, Kind, Site
+from lorakit.core.site import MIXTURES, Kind, Site
 
 if TYPE_CHECKING:
     from lorakit.core.attach import Adapted
@@ -160,7 +160,7 @@ class _Descent(Loop):
 class Descent:
     """The ordinary step: the gradient of one stream, then the update."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     requires: frozenset[str] = frozenset()
 
     def build(self, run: Run) -> Loop:

@@ -16,6 +16,7 @@ from lorakit.core.delta import Delta, Factors
 from lorakit.core.errors import Incompatible
 from lorakit.core.experts import forward_of, stacked
 from lorakit.core.generated import generate
+from lorakit.core.router import router_forward, routes
 from lorakit.core.site import Site
 
 
@@ -34,6 +35,9 @@ class RowsOf:
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.base.dense(dtype).index_select(-2, self.index)
+
+    def open_(self) -> None:
+        self.base.open_()
 
     def assign_(self, weight: Tensor) -> None:
         self.base.assign_(self.base.dense().index_copy(-2, self.index, weight.to(self.base.dtype)))
@@ -152,12 +156,11 @@ def adapt(module: nn.Module, path: str, cell: Cell) -> None:
     names = stacked(module)
     if names and module._is_expert_parallel:
         raise Incompatible(f"{path} holds a part of its experts only (expert parallelism): load the model without it to adapt them")
-    module.lora = (
-        nn.ModuleDict({name: Slot(f"{path}.{name}", base_of(module, name), cell) for name in names})
-        if names
-        else Slot(path, base_of(module), cell)
-    ).train(module.training)
-    module.__class__ = (mixture_class if names else adapted_class)(type(module))  # type: ignore[arg-type]  # no __hash__ on type[Module]
+    slots = {name: Slot(f"{path}.{name}", base_of(module, name), cell) for name in names}
+    own = Slot(f"{path}.weight" if routes(module) else path, base_of(module), cell) if not names else None
+    make = mixture_class if names else router_class if routes(module) else adapted_class
+    module.lora = (nn.ModuleDict(slots) if own is None else own).train(module.training)
+    module.__class__ = make(type(module))  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
 
 
 def restore(module: nn.Module) -> None:
@@ -180,3 +183,9 @@ def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
 def mixture_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The generated subclass of a class of experts (core/experts.py)."""
     return generate("Adapted", mixture_class, plain, forward=forward_of(plain), plain_class=plain)
+
+
+@functools.cache
+def router_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The generated subclass of a class of routers (core/router.py)."""
+    return generate("Adapted", router_class, plain, forward=router_forward(plain), plain_class=plain)

@@ -22,7 +22,7 @@ from lorakit.core.context import Ctx
 from lorakit.core.delta import Delta, DeltaSpec, Factors
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared, refuse_shapes
-from lorakit.core.site import MODULES, STACKS, Kind, Site
+from lorakit.core.site import MIXTURES, MODULES, Kind, Site
 from lorakit.ops import reference as ops
 from lorakit.ops.grouped import each
 
@@ -165,7 +165,7 @@ class LowRankSpec(DeltaSpec):
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        return MODULES if self.gate or self.anchor or self.legs else STACKS
+        return MODULES if self.gate or self.anchor or self.legs else MIXTURES
 
     def build(self, site: Site, *, pool: Shared | None, dtype: torch.dtype, device: torch.device) -> LowRank:
         return LowRank(site, self, dtype=dtype, device=device)

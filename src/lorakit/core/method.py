@@ -30,8 +30,8 @@ COMMON = {
     "r": "rank of the update",
     "alpha": "numerator of the scale s (core/scale.py)",
     "dropout": "probability of dropping an entry of the delta's input in training",
-    "sites": "preset (all-linear, linear-modules, attention, mlp, experts, qv, attention-output, mlp-output, embedding), name or suffix, "
-    "glob, re:regex, or a list of those",
+    "sites": "preset (all-linear, linear-modules, attention, mlp, experts, router, qv, kv, attention-output, mlp-output, embedding), name "
+    "or suffix, glob, re:regex, or a list of those",
     "rank_pattern": "r at sites whose name ends in a match of the regex: {regex: r}",
     "alpha_pattern": "alpha at sites whose name ends in a match of the regex: {regex: alpha}",
     "unfreeze": "modules or parameters trained whole beside the deltas: name, suffix or glob",
@@ -106,11 +106,11 @@ class Method:
         """Raise Incompatible for sites of a kind that some part was not made for."""
         parts = [self.delta, self.init, self.combine, self.optim, self.base, self.objective, self.loop]
         for part in [p for p in (*parts, *self.penalties, *self.controllers, *self.patches) if p is not None]:
-            odd = [site.name for site in sites if site.kind not in getattr(part, "kinds", MODULES)]
+            odd = [site for site in sites if site.kind not in getattr(part, "kinds", MODULES)]
             if odd:
                 raise Incompatible(
-                    f"{type(part).__name__} is made for single matrices and cannot adapt {len(odd)} stacks of experts ({odd[0]}, …); "
-                    "leave them frozen with sites='linear-modules', or choose a method that knows stacks"
+                    f"{type(part).__name__} is made for plain layers and cannot adapt {len(odd)} weights of a mixture ({odd[0].kind}: "
+                    f"{odd[0].name}, …); leave them frozen with sites='linear-modules', or choose a method that knows them"
                 )
 
     def count(self, sites: list[Site]) -> int:

@@ -5,7 +5,8 @@ Fused projections (GPT-2 `c_attn`, GPT-NeoX `query_key_value`, Phi `qkv_proj`) a
 `c_attn[q]`, whose `rows` are the output rows of that part: ranges, because GPT-NeoX interleaves them head by head.
 
 The experts of a mixture are stacked in two parameters of one module (core/experts.py): one site each, `mlp.experts.gate_up_proj` and
-`mlp.experts.down_proj`, for all experts together. There W is E × d_out × d_in, A is E × r × d_in, B is E × d_out × r.
+`mlp.experts.down_proj`, for all experts together. There W is E × d_out × d_in, A is E × r × d_in, B is E × d_out × r. Their router is the
+site `mlp.gate.weight` (core/router.py).
 """
 
 import fnmatch
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from lorakit.core.errors import NoSuchSite, did_you_mean
 from lorakit.core.experts import stack_shape, stacked
 from lorakit.core.generated import plain_type
+from lorakit.core.router import routes
 
-Kind = Literal["linear", "embedding", "experts"]
+Kind = Literal["linear", "embedding", "experts", "router"]
 MODULES: frozenset[Kind] = frozenset({"linear", "embedding"})
 """The kinds of sites that every part of a method must be capable of."""
-STACKS: frozenset[Kind] = MODULES | {"experts"}
-"""The `kinds` of a part that says it knows stacked weights too."""
+MIXTURES: frozenset[Kind] = MODULES | {"experts", "router"}
+"""The `kinds` of a part that says it knows the weights of mixtures too: stacks of matrices, and one that only its own module reads."""
 
 ROLES = {
     "q": ("q_proj", "q", "query", "q_lin", "q_attn", "wq"),
@@ -45,12 +47,15 @@ TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"
 ROOT = "lora_shared"  # the module at the model's root that holds what an adapter's sites share
 OTHER_ORDER = ("codegen", "gpt_bigcode")  # model types whose fused rows are in an order of their own: adapted whole only
 PRESETS: dict[str, Callable[["Site"], bool]] = {
-    "all-linear": lambda s: s.kind != "embedding" and s.rows is None and s.role != "head",
+    "all-linear": lambda s: s.kind in ("linear", "experts") and s.rows is None and s.role != "head",
     "linear-modules": lambda s: s.kind == "linear" and s.rows is None and s.role != "head",
     "attention": lambda s: s.kind == "linear" and s.rows is None and s.role in ATTENTION,
-    "mlp": lambda s: s.kind != "embedding" and s.rows is None and s.role in MLP,
+    "mlp": lambda s: s.kind in ("linear", "experts") and s.rows is None and s.role in MLP,
     "experts": lambda s: s.kind == "experts" and s.rows is None,
+    "router": lambda s: s.kind == "router",
+    "qk": lambda s: s.kind == "linear" and s.role in ("q", "k"),
     "qv": lambda s: s.kind == "linear" and s.role in ("q", "v"),
+    "kv": lambda s: s.kind == "linear" and s.role in ("k", "v"),
     "attention-output": lambda s: s.kind == "linear" and s.role == "o",
     "mlp-output": lambda s: s.kind == "linear" and s.role == "down",
     "embedding": lambda s: s.role == "embed",
@@ -79,12 +84,12 @@ class Site:
     @property
     def module(self) -> str:
         """Path of the module that holds the weight."""
-        return self.whole if self.experts is None else self.whole.rpartition(".")[0]
+        return self.whole if self.kind in MODULES else self.whole.rpartition(".")[0]
 
     @property
     def attribute(self) -> str:
         """The weight's name in that module."""
-        return "weight" if self.experts is None else self.whole.rpartition(".")[2]
+        return "weight" if self.kind in MODULES else self.whole.rpartition(".")[2]
 
 
 Where = str | Sequence[str] | Callable[[Site], bool]
@@ -142,6 +147,9 @@ def sites_of(model: nn.Module) -> list[Site]:
             path = f"{name}.{weight}".lstrip(".")
             site = Site(path, "experts", d_in, d_out, _layer(name), _role(path), experts=experts)
             found += [site, *_parts(model, site)]
+        if routes(module):
+            d_out, d_in = module.get_parameter("weight").shape
+            found.append(Site(f"{name}.weight", "router", d_in, d_out, _layer(name), "router"))
     return found
 
 

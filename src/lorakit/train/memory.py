@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lorakit.core.errors import BadParameter, Incompatible, did_you_mean
+from lorakit.parts.bases.matmul import SCRATCH
 from lorakit.train.metrics import forward_loss
 
 Batch = Mapping[str, Any]
@@ -403,6 +404,8 @@ class _Ledger(TorchDispatchMode):
         out = self.call(func, args, kwargs or {})
         for t in _tensors(out):
             self.note(t)
+        if func in SCRATCH:
+            self.peak = max(self.peak, self.now + SCRATCH[func](*args, **(kwargs or {})))
         return out
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,19 +1,22 @@
 """Houlsby adapters' acceptance properties (arXiv:1902.00751), and AdapterDrop's (arXiv:2010.11918)."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from lorakit import BadParameter, Incompatible, NoSuchSite, NotMergeable, Site, attach, get_method
 from lorakit.adapters.drop import without_first
+from lorakit.core import random
+from lorakit.core import site as site_module
 from lorakit.core.attach import attach_adapter
-from lorakit.core.unfreeze import unfreeze
 from lorakit.parts.combines.module import Serial
+from lorakit.parts.deltas.bottleneck import Bottleneck, BottleneckSpec, Form
+from lorakit.parts.inits import module as inits
+from lorakit.parts.inits.module import Near, Silent
 from lorakit.parts.unfrozen.norms import Norms
 from tests.laws.subject import awaken, base, batch, everything, far, logits, refusal, same_bits, subject
 from tests.methods.baselines.plain import apart, dense, hung
+from tests.methods.baselines.task import final
 from tests.methods.tools import minimize, normal
 
 GELU = nn.GELU(approximate="tanh")
@@ -42,10 +45,9 @@ def gpt3(role: str, i: int) -> Site:
 def test_counts_are_the_lora_papers():
     """|Θ| = L (2 d r + r + d), its section 5.1; table 4's GPT-3 with Adapter^H (7.1M, 40.1M)."""
     sites = [gpt3(role, i) for i in range(96) for role in ("o", "down")]
-    for r, want, printed in ((1, 7_077_888, "7.1M"), (8, 40_108_032, "40.1M")):
+    for r, printed in ((1, "7.1M"), (8, "40.1M")):
         found = get_method("adapter_houlsby", r=r).count(sites)
         assert found == 192 * (2 * 12288 * r + r + 12288)
-        assert abs(found - want) <= 192 * 8
         assert f"{found / 1e6:.1f}M" == printed
     norm = get_method("adapter_houlsby", r=8, norm=True).count(sites)
     assert norm - get_method("adapter_houlsby", r=8).count(sites) == 192 * 2 * 12288
@@ -59,14 +61,6 @@ def test_what_is_trained():
     norms = {n for n, m in base("bert").named_modules() if isinstance(m, nn.LayerNorm)}
     assert whole == {f"unfrozen.{n}.{k}" for n in norms for k in ("weight", "bias")}
     assert not {p.name for p in subject("adapter_houlsby", "bert", train_norms=False).params() if p.site is None}
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "t5", "bert"])
-def test_norms_are_found_under_any_name(arch):
-    model = base(arch)
-    found = {id(u.original) for u in unfreeze(model, (Norms(),))}
-    assert found == {id(p) for n, p in model.named_parameters() if any(k in n.lower() for k in ("norm", "ln_"))}
-    assert all(u.attribute == "bias" for u in unfreeze(model, (Norms(only_biases=True),)))
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -193,18 +187,6 @@ def test_drop_random_trains_one_adapter_that_does_without_any_of_its_first_layer
     assert seen == {0, 1, 2, 3}
 
 
-def test_taking_layers_off_a_finished_adapter():
-    state = subject("adapter_houlsby").state()
-    short = without_first(state, 1)
-    assert {s.layer for s in short.sites} == {1}
-    assert len(short.tensors) < len(state.tensors)
-    assert {k for k in state.tensors if k.startswith("unfrozen.")} <= short.tensors.keys()
-    assert without_first(state, 0).tensors.keys() == state.tensors.keys()
-    for n in (2, -1):
-        with pytest.raises(BadParameter, match=f"n={n} leaves nothing of an adapter with 2 layers; expected 0 <= n < 2"):
-            without_first(state, n)
-
-
 # --- planted problems -----------------------------------------------------------------------------------------------------------
 
 
@@ -250,12 +232,12 @@ def test_a_linear_change_of_the_input_is_loras():
 
 
 @pytest.mark.slow
-def test_on_a_built_in_task_modules_learn_as_lora_does():
-    from tests.methods.baselines.task import improvement
-
-    module, lora = improvement("adapter_houlsby", r=8, train_norms=False), improvement("lora", r=8)
-    assert module > 0.5 * lora > 0
-    assert math.isfinite(module)
+def test_on_a_built_in_task_modules_learn_as_lora_does(tmp_path):
+    start = final(tmp_path, "lora", learning_rate=1e-12, steps=1)
+    lora = final(tmp_path, "lora", learning_rate=5e-3)
+    module = final(tmp_path, "adapter_houlsby", learning_rate=5e-3)
+    assert lora < start - 1
+    assert module < start - 0.7 * (start - lora), (start, lora, module)
 
 
 def test_a_module_that_read_its_input_would_be_seen(monkeypatch):
@@ -264,3 +246,45 @@ def test_a_module_that_read_its_input_would_be_seen(monkeypatch):
     want = logits(hung("gpt_neox", dense(adapted, GELU)), batch())
     monkeypatch.setattr(Serial, "forward", lambda self, x, y, base, delta, ctx: delta(x, ctx))
     assert far(logits(adapted.model, batch()), want) > 1e-4
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------------------
+
+
+def own_draw(self, like, ctx):
+    drawn = random.dropout_mask(torch.ones(1, dtype=like.dtype), ctx.key, self.stream, self.silence)
+    return (drawn > 0).to(like.dtype)
+
+
+MUTANTS = {
+    "biases not counted": (lambda m: m.setattr(Form, "count", lambda self, site, width: 0), test_counts_are_the_lora_papers),
+    "norms forgotten": (lambda m: m.setattr(Norms, "__call__", lambda self, module, parameter: False), test_what_is_trained),
+    "norms' biases only": (lambda m: m.setattr(Norms, "__call__", lambda self, module, name: name == "bias"), test_what_is_trained),
+    "each layer draws for itself": (
+        lambda m: m.setattr(Bottleneck, "speaks", own_draw),
+        test_drop_random_trains_one_adapter_that_does_without_any_of_its_first_layers,
+    ),
+    "the last layers are silent": (
+        lambda m: m.setattr(Form, "silence", lambda self, site: (site.layer + 1) / (self.drop_random + 1)),
+        test_drop_random_trains_one_adapter_that_does_without_any_of_its_first_layers,
+    ),
+    "A is not cut at two std": (lambda m: m.setattr(inits, "truncated", inits.normal), test_the_start_is_the_base_or_near_it),
+    "B starts random": (lambda m: m.setattr(Silent, "__call__", Near(0.01).__call__), test_the_start_is_the_base_or_near_it),
+    "no layer is left out": (
+        lambda m: m.setattr(site_module, "_beyond", lambda sites, n: sites),
+        test_drop_first_leaves_the_first_layers_alone,
+    ),
+    "the module claims to be linear": (
+        lambda m: (m.setattr(BottleneckSpec, "linear", True), m.setattr(Bottleneck, "linear", True)),
+        test_merging_is_refused_with_the_reason,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_a_mutant_is_seen(what, monkeypatch):
+    change, test = MUTANTS[what]
+    test()
+    change(monkeypatch)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        test()

@@ -59,6 +59,7 @@ class FourierFT(OwnType):
         },
         patterns=("n_frequency_pattern",),
         bias="fourier_only",
+        identity=False,
     )
 
     def said(self, form: Form[Part], carried: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.pair import Pair, by_module
-from lorakit.adapters.peft_experts import Stacks, holder, pack, unwrapped
+from lorakit.adapters.peft_experts import Targets, holder, pack, unwrapped
 from lorakit.adapters.peft_fields import COMMON, FOLLOWED, TARGETS, by_pattern, names, number, positive, switch
 from lorakit.adapters.peft_rank import config_of, expressed, rank_in, trimmed
 from lorakit.adapters.peft_type import Form, Found, Part, Table, argument
@@ -22,7 +22,7 @@ from lorakit.adapters.peft_types.pairs import PairType, check_pair
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import AdapterMismatch, NotExportable
 from lorakit.core.lowrank import LowRankSpec
-from lorakit.core.site import Kind, Site
+from lorakit.core.site import MODULES, Kind, Site
 
 CONFIG: dict[str, Any] = {
     **COMMON,
@@ -139,7 +139,7 @@ class Lora(PairType):
         keys={
             "linear": {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
             "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
-            "experts": {"A": "lora_A.weight", "B": "lora_B.weight"},
+            **dict.fromkeys(("experts", "router"), {"A": "lora_A.weight", "B": "lora_B.weight"}),
         },
         bias="lora_only",
         dropout="lora_dropout",
@@ -155,24 +155,24 @@ class Lora(PairType):
         init = {} if "init_lora_weights" in form.fields else {"init_lora_weights": harmless(carried)}
         return init | config_of(expressed(wanted, *preferred))
 
-    def opened(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], stacks: Stacks, path: Path) -> Mapping[str, Tensor]:
-        return unwrapped(tensors, config["target_parameters"] or (), stacks, config["peft_version"], path)
+    def opened(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], targets: Targets, path: Path) -> Mapping[str, Tensor]:
+        return unwrapped(tensors, config["target_parameters"] or (), targets, config["peft_version"], path)
 
     def placed(self, form: Form[Pair], *, old: Collection[str] = ()) -> dict[str, tuple[Kind, Mapping[str, Tensor]]]:
-        stacks = [name for name, pair in form.modules.items() if pair.kind == "experts"]
+        parameters = [name for name, pair in form.modules.items() if pair.kind not in MODULES]
         out: dict[str, tuple[Kind, Mapping[str, Tensor]]] = {}
         for name, pair in form.modules.items():
-            if name in stacks:
-                matrices = pack(pair.A, pair.B, turned=name in old)
-                out[holder(name, stacks)] = "experts", dict(zip("AB", matrices, strict=True))
-            else:
-                out[name] = pair.kind, pair.tensors
+            tensors = pair.tensors
+            if pair.kind == "experts":
+                tensors = dict(zip("AB", pack(pair.A, pair.B, turned=name in old), strict=True))
+            out[holder(name, parameters) if name in parameters else name] = pair.kind, tensors
         return out
 
     def module(self, name: str, part: Part, config: Mapping[str, Any], path: Path) -> Pair:
         parts = check_pair(name, part, frozenset({"A", "B", "m"} if config["use_dora"] else {"A", "B"}), path)
         r, s = rank_in(config).named(name)
-        pair = Pair("experts" if parts["A"].ndim == 3 else part.kind, s=s, **parts)
+        kind: Kind = "experts" if parts["A"].ndim == 3 else "router" if name.endswith(".weight") else part.kind
+        pair = Pair(kind, s=s, **parts)
         if pair.r != r:
             raise AdapterMismatch(f"module {name!r} has {pair.r} ranks, and {path} gives it r={r}")
         return pair

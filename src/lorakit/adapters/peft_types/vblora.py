@@ -55,6 +55,7 @@ class VbLora(OwnType):
         },
         bias="vblora_only",
         dropout="vblora_dropout",
+        identity=False,
     )
 
     def module(self, name: str, part: Part, config: Mapping[str, Any], path: Path) -> Part:

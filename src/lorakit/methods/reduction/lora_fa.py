@@ -22,7 +22,7 @@ from lorakit.core.events import Controller, Run, Step
 from lorakit.core.lowrank import LowRank, LowRankSpec
 from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
-from lorakit.core.site import STACKS, Kind, Where
+from lorakit.core.site import MIXTURES, Kind, Where
 from lorakit.parts.inits.random import Kaiming
 from lorakit.parts.optimizers.adamw import AdamW
 
@@ -51,7 +51,7 @@ def corrected(grad: torch.Tensor, A: torch.Tensor, s: float) -> torch.Tensor:
 class CorrectionSpec:
     """Builds the gradient correction of a run."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     requires: frozenset[str] = frozenset({"factors"})
 
     def build(self, run: Run) -> Controller:

@@ -4,6 +4,8 @@ They are one operation with two orientations, each the other's gradient. As an o
 could otherwise join the decoding of forward and backward and keep the dense W between them.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,3 +88,39 @@ def nf4_dense(codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, 
 @nf4_dense.register_fake
 def _(codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, dtype: torch.dtype, blocksize: int) -> Tensor:
     return codes.new_empty(d_out, d_in, dtype=dtype)
+
+
+def matmul_scratch(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    d_out: int,
+    d_in: int,
+    dtype: torch.dtype,
+    blocksize: int,
+    transposed: bool,
+) -> int:
+    """Bytes that `nf4_matmul` holds for a moment besides its arguments and result: a tile, and of several the tile's part of the result."""
+    tiles = Layout(d_out, d_in, dtype, blocksize, nested is not None).tiles(x.device)
+    rows = max(b - a for a, b in tiles)
+    wide = 0 if x.dtype == dtype else rows * d_in * x.element_size()
+    part = 0 if len(tiles) == 1 else math.prod(x.shape[:-1]) * (d_in if transposed else rows) * x.element_size()
+    return max(_decoding(rows * d_in, dtype), rows * d_in * dtype.itemsize + wide) + part
+
+
+def dense_scratch(codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, dtype: torch.dtype, blocksize: int) -> int:
+    """The same of `nf4_dense`."""
+    return _decoding(d_out * d_in, dtype) - d_out * d_in * dtype.itemsize
+
+
+def _decoding(n: int, dtype: torch.dtype) -> int:
+    """n entries as fp32, and either the int32 index of every second one or their copy in another dtype."""
+    return n * (4 + max(2, 0 if dtype == torch.float32 else dtype.itemsize))
+
+
+SCRATCH: dict[Any, Callable[..., int]] = {
+    torch.ops.lorakit.nf4_matmul.default: matmul_scratch,
+    torch.ops.lorakit.nf4_dense.default: dense_scratch,
+}
+"""What a memory estimate cannot see, since it does not run the operations."""

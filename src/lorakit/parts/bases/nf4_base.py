@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from lorakit.core.base import Dense, Transposed, base_of
 from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.site import Where
-from lorakit.parts.bases.host import Held, decoded, enter, held, leave, packed_in, product
+from lorakit.parts.bases.host import Held, decoded, enter, held, leave, packed_in, product, put
 from lorakit.parts.bases.nf4 import BLOCKSIZES
-from lorakit.parts.bases.packed import Layout
+from lorakit.parts.bases.packed import Layout, Packed
 
 
 class NF4:
-    """A packed W. What is assigned to it stays dense: on the grid again it would lose every change that is smaller than a level."""
+    """A packed W. What is assigned to it is packed too and loses what lies between two levels, unless it is open."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.kept: tuple[nn.Parameter, Tensor, Tensor | None] | None = None
         self.plain = (Transposed if self.held.transposed else Dense)(module)
 
     @property
@@ -39,25 +40,41 @@ class NF4:
         packed = packed_in(self.module)
         return self.plain.dense(dtype) if packed is None else decoded(self.module, packed).to(dtype or self.dtype)
 
+    def open_(self) -> None:
+        if packed_in(self.module) is not None:
+            self._put(self.dense())
+
     def assign_(self, weight: Tensor) -> None:
-        kept = self.plain.kept if self.plain.kept is not None else self.plain.weight
-        stored = (weight.T if self.held.transposed else weight).to(device=self.device, dtype=self.dtype, copy=True)
-        self.module.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-        self.plain.kept = kept
+        packed = packed_in(self.module)
+        self._put(weight.to(self.device) if packed is None else Packed.of(weight.to(self.device), self.held.layout))
+
+    def _put(self, new: Tensor | Packed) -> None:
+        """Set W, keeping what was there first."""
+        if self.kept is None:
+            self.kept = (self.plain.weight, self.module.scales, self.module.nested)  # type: ignore[assignment]
+        if isinstance(new, Packed):
+            return put(self.module, new)
+        stored = (new.T if self.held.transposed else new).to(self.dtype, copy=True).contiguous()
+        self.module.weight = nn.Parameter(stored, requires_grad=False)
 
     def shift_(self, change: Tensor) -> None:
         self.plain.shift_(change)
 
     def restore_(self) -> None:
         self.plain.restore_()
+        if self.kept is not None:
+            self.module.weight, scales, nested = self.kept
+            self.module.register_buffer("scales", scales, persistent=False)
+            self.module.register_buffer("nested", nested, persistent=False)
+            self.kept = None
 
     def forget_(self) -> None:
+        self.kept = None
         self.plain.forget_()
 
     def expand_(self) -> None:
-        if packed_in(self.module) is not None:
-            self.assign_(self.dense())
-            self.forget_()
+        self.open_()
+        self.forget_()
         leave(self.module)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorakit.core.base import Base
 from lorakit.core.delta import Delta
 from lorakit.core.errors import BadParameter
-from lorakit.core.site import STACKS, Kind, Site
+from lorakit.core.site import MIXTURES, Kind, Site
 
 
 def set_(tensor: Tensor, values: Tensor) -> None:
@@ -28,7 +28,7 @@ def normal(like: Tensor, std: float, rng: torch.Generator) -> Tensor:
 class Kaiming:
     """A ~ U(±1/√d_in), B = 0 (loralib, PEFT); at an embedding A = 0, B ~ N(0, 1), as both do there, or the reverse where only B learns."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     embedding: Literal["A", "B"] = "B"
     requires: frozenset[str] = frozenset({"factors"})
 
@@ -45,7 +45,7 @@ class Kaiming:
 class OneSided:
     """Init[A]: A ~ N(0, 1/d_in), B = 0. Init[B]: A = 0, B ~ N(0, 1/r). arXiv:2406.08447, section 2."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     factor: Literal["A", "B"]
     requires: frozenset[str] = frozenset({"factors"})
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from lorakit.core.params import Param, ParamTable
-from lorakit.core.site import STACKS, Kind
+from lorakit.core.site import MIXTURES, Kind
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class AdamW:
     """torch.optim.AdamW. `ratios`: (role, multiplier) pairs; `embedding_lr`: a fixed rate for embedding sites (LoRA+), None for the
     run's; `undecayed`: roles without weight decay."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     rule: ClassVar[str] = "adamw"
     """The optimizer's row in the memory estimator's table of states."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit.core.errors import BadParameter
 from lorakit.core.params import ParamTable
-from lorakit.core.site import STACKS, Kind
+from lorakit.core.site import MIXTURES, Kind
 from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.parts.optimizers.sgd import SGD
 
@@ -23,7 +23,7 @@ from lorakit.parts.optimizers.sgd import SGD
 class Riemannian:
     """`base` decides the rule and the rates; `reg` damps the inverses."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
 
     base: AdamW | SGD = AdamW()
     reg: float = 1e-6

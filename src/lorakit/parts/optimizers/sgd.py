@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 
 from lorakit.core.params import ParamTable
-from lorakit.core.site import STACKS, Kind
+from lorakit.core.site import MIXTURES, Kind
 
 
 @dataclass(frozen=True)
 class SGD:
     """torch.optim.SGD in one group, in the table's order."""
 
-    kinds: ClassVar[frozenset[Kind]] = STACKS
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
 
     momentum: float = 0.0
 

@@ -1,0 +1,1 @@
+"""Survey 2.4: beyond fine-tuning: continual learning."""

@@ -1,0 +1,1 @@
+"""Parts that take the place of the ordinary step."""
