@@ -23,10 +23,12 @@ from lorakit.core import method as method_module
 from lorakit.core.attach import Adapted
 from lorakit.core.delta import Factors
 from lorakit.core.lowrank import LowRank, LowRankSpec
+from lorakit.core.unfreeze import Unfrozen
 from lorakit.methods.learning import dora, pissa
-from lorakit.methods.rank_allocation import adalora
+from lorakit.methods.rank_allocation import adalora, dylora
 from lorakit.ops import reference
 from lorakit.parts.inits.random import Kaiming
+from lorakit.parts.optimizers.flora import FloraOptimizer
 from tests.laws import (
     subject,
     test_l0_detach,
@@ -293,6 +295,12 @@ def _(m: pytest.MonkeyPatch) -> None:
     m.setattr(Kaiming, "__call__", lambda self, *rest: original(Kaiming(), *rest))
 
 
+@mutant("L7", "a whole weight is left out of the step", "flora_gc", test_l6_l7_l8_trained.check_L7)
+def _(m: pytest.MonkeyPatch) -> None:
+    update = FloraOptimizer._update
+    m.setattr(FloraOptimizer, "_update", lambda self, p, *rest: None if p.ndim == 1 else update(self, p, *rest))
+
+
 @mutant("L8", "an anchored delta claims rank r", "pissa", test_l6_l7_l8_trained.check_L8)
 def _(m: pytest.MonkeyPatch) -> None:
     m.setattr(LowRank, "bound", lambda self: self.r)
@@ -309,6 +317,11 @@ def _(m: pytest.MonkeyPatch) -> None:
 @mutant("L9", "the forward forgets the scale", "lora", test_l9_oracle.check_L9)
 def _(m: pytest.MonkeyPatch) -> None:
     m.setattr(reference, "expand", lambda z, B, s: F.linear(z, B))
+
+
+@mutant("L9", "a weight trained whole is not in its place", "flora_gc", test_l9_oracle.check_L9)
+def _(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Unfrozen, "install", lambda self, on: None)
 
 
 @mutant("L9", "the output is right and its gradient doubled", "init_ab", test_l9_oracle.check_L9)
@@ -409,6 +422,22 @@ def _(m: pytest.MonkeyPatch) -> None:
 @mutant("L13", "the budget forgets its scores", "adalora", test_l12_l13_replay.check_L13)
 def _(m: pytest.MonkeyPatch) -> None:
     m.setattr(adalora.Budget, "load_state_dict", lambda self, state: None)
+
+
+@mutant("L13", "the optimizer forgets its moments", "flora_gc", test_l12_l13_replay.check_L13)
+def _(m: pytest.MonkeyPatch) -> None:
+    m.setattr(FloraOptimizer, "load_state_dict", lambda self, state: None)
+
+
+@mutant("L13", "b counts the steps of this process", "dylora", test_l12_l13_replay.check_L13)
+def _(m: pytest.MonkeyPatch) -> None:
+    calls: dict[int, int] = {}
+
+    def rank(self: Any, seed: int, step: int) -> int:
+        calls[id(self)] = calls.get(id(self), -1) + 1
+        return 1 + calls[id(self)] // 2 % 4  # asked twice a step
+
+    m.setattr(dylora.DrawSpec, "rank", rank)
 
 
 @mutant("L13", "the norm is computed at the first forward only", "dora", test_l12_l13_replay.check_L13)
@@ -520,6 +549,11 @@ def _(m: pytest.MonkeyPatch) -> None:
 @mutant("L19", "tensors are loaded unseen", "dora", test_l18_l19_l20_isolation.check_L19)
 def _(m: pytest.MonkeyPatch) -> None:
     m.setattr(adapter_module.Adapter, "check", lambda self, expected, what: None)
+
+
+@mutant("L20", "a weight trained whole is not in its place", "flora_gc", test_l18_l19_l20_isolation.check_L20)
+def _(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Unfrozen, "install", lambda self, on: None)
 
 
 @mutant("L20", "the start rewrites the base", "pissa", test_l18_l19_l20_isolation.check_L20)

@@ -49,6 +49,7 @@ DECLARED: dict[str, Callable[[Branch, bool], int]] = {
     "krona": kronecker,
     **dict.fromkeys(("adapter_houlsby", "adapter_pfeiffer", "mam_parallel"), module),
     "compacter": hypercomplex,
+    "reslora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # a first layer: as LoRA
     "vb_lora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # as LoRA
 }
 

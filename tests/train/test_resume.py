@@ -17,6 +17,10 @@ KEYS = {
     "adalora": {"r": 4, "target_r": 2, "tfinal": 5, "delta_t": 2},
     "dora": {"dropout": 0.1},
     "loraplus": {"ratio": 4.0},
+    "riemannian": {"dropout": 0.1},
+    "sora": {"xi": 0.05, "stages": 3},
+    "dylora": {"r": 4, "dropout": 0.1},
+    "flora_gc": {"r": 4, "kappa": 3, "beta1": 0.5, "accumulate": True, "gradient_accumulation_steps": 2},
 }
 
 

@@ -72,7 +72,7 @@ def unpack(first: Tensor, second: Tensor, experts: int, *, turned: bool) -> Matr
 
 
 def is_old(found: Mapping[Site, Matrices], targets: Targets, version: str | None, path: Path) -> bool:
-    """Whether a file's pairs are in the layout before 0.19. Raises AdapterMismatch for shapes of neither, CheckpointError when nothing says."""
+    """Whether a file's pairs are in the layout before 0.19. Raises AdapterMismatch for shapes of neither, CheckpointError if nothing tells."""
     for site, matrices in found.items():
         if not any(_fits(site, matrices, turned) for turned in {False, not targets[site]}):
             shapes = " and ".join(str(tuple(m.shape)) for m in matrices)
@@ -113,6 +113,9 @@ def unwrapped(
         if missing := [key for key in keys if key not in tensors]:
             raise AdapterMismatch(f"{path} adapts {site.name!r}, and the tensor {missing[0]!r} is not there")
         found[site] = out.pop(keys[0]), out.pop(keys[1])
+    wrappers = tuple(f"{PREFIX}{site.module}{part}" for site in targets for part in (f"{WRAPPED}.", ".lora_"))
+    if stray := [key for key in out if key.startswith(wrappers)]:
+        raise AdapterMismatch(f"tensor {stray[0]!r} belongs to a parameter that {path} does not name among its target_parameters")
     stacks = {site: matrices for site, matrices in found.items() if site.experts is not None}
     old = bool(stacks) and is_old(stacks, targets, version, path)
     for site, (first, second) in found.items():

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorakit.cli.flags import parse_flags
 
@@ -60,7 +60,7 @@ def train(
 
 def sequence_table(borders: list[list[dict[str, float]]], sources: list[str]) -> Table:
     """Each task's held-out loss when it was learned and after the last one."""
-    table = Table("task", "loss when learned", "loss now", title="tasks in sequence", box=None)
+    table = Table(Column("task", overflow="fold"), "loss when learned", "loss now", title="tasks in sequence", box=None)
     for i, source in enumerate(sources):
         table.add_row(source, f"{borders[i][i]['loss']:.4f}", f"{borders[-1][i]['loss']:.4f}")
     return table

@@ -12,6 +12,7 @@ from lorakit.core.attach import attach_adapter
 from lorakit.parts.combines.module import Serial
 from lorakit.parts.deltas.bottleneck import Bottleneck, BottleneckSpec, Form
 from lorakit.parts.inits import module as inits
+from lorakit.parts.inits import random as random_inits
 from lorakit.parts.inits.module import Near, Silent
 from lorakit.parts.unfrozen.norms import Norms
 from tests.laws.subject import awaken, base, batch, everything, far, logits, refusal, same_bits, subject
@@ -268,7 +269,7 @@ MUTANTS = {
         lambda m: m.setattr(Form, "silence", lambda self, site: (site.layer + 1) / (self.drop_random + 1)),
         test_drop_random_trains_one_adapter_that_does_without_any_of_its_first_layers,
     ),
-    "A is not cut at two std": (lambda m: m.setattr(inits, "truncated", inits.normal), test_the_start_is_the_base_or_near_it),
+    "A is not cut at two std": (lambda m: m.setattr(inits, "truncated", random_inits.normal), test_the_start_is_the_base_or_near_it),
     "B starts random": (lambda m: m.setattr(Silent, "__call__", Near(0.01).__call__), test_the_start_is_the_base_or_near_it),
     "no layer is left out": (
         lambda m: m.setattr(site_module, "_beyond", lambda sites, n: sites),

@@ -155,15 +155,6 @@ def check_a_low_rank_teacher_is_fitted_to_its_nearest_product() -> None:
 # --- beside PEFT --------------------------------------------------------------------------------------------------------------
 
 
-def lokr(adapted: Any, *, factor: int, scaling: float, targets: list[str]) -> Any:
-    """PEFT's LoKr with two full factors around a copy of the model, holding our w1 and w2; ours stays attached."""
-    model = adapted.detach()
-    config = peft.LoKrConfig(r=4096, alpha=4096 * scaling, decompose_factor=factor, target_modules=targets)
-    with quiet():
-        theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    return theirs
-
-
 def counterparts(adapted: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     """(ours, theirs) of every factor."""
     named = dict(theirs.named_parameters())
@@ -172,7 +163,8 @@ def counterparts(adapted: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def beside(arch: str, method: Any, config: Any, model: Any) -> tuple[Any, Any]:
+def beside(method: Any, config: Any, model: Any) -> tuple[Any, Any]:
+    """Ours and PEFT's on one model, with our start in both."""
     with quiet():
         theirs = peft.get_peft_model(copy.deepcopy(model), config)
     adapted = attach(model, method)
@@ -189,7 +181,7 @@ def check_the_change_is_pefts_lokrs() -> None:
         targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
         config = peft.LoKrConfig(r=512, alpha=512 * scaling, decompose_factor=factor, target_modules=targets)
         method = get_method("krona", factor_out=factor, factor_in=factor, scaling=scaling, sites=targets)
-        adapted, theirs = beside("llama", method, config, base())
+        adapted, theirs = beside(method, config, base())
         awaken(adapted)
         with torch.no_grad():
             for ours, other in counterparts(adapted, theirs):
@@ -204,7 +196,7 @@ def check_the_trajectory_of_pefts_lokr() -> None:
     """50 steps in fp64 from the same tensors, to 1e-9. PEFT has it for linear layers only, so not for GPT-2."""
     model = trajectory.base("gpt_neox")
     config = peft.LoKrConfig(r=512, alpha=512 * 2.0, target_modules=trajectory.TARGETS["gpt_neox"])
-    adapted, theirs = beside("gpt_neox", get_method("krona", scaling=2.0), config, model.train())
+    adapted, theirs = beside(get_method("krona", scaling=2.0), config, model.train())
     assert len(counterparts(adapted, theirs)) == sum(p.requires_grad for p in theirs.parameters())
     losses, reference = trajectory.train_ours(adapted, adapted.methods["default"]), trajectory.train_theirs(theirs.train())
     assert reference[-1] < reference[0] - 0.1

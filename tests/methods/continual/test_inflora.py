@@ -1,6 +1,7 @@
 """InfLoRA's acceptance properties (arXiv:2404.00228)."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit import Adapted, BadParameter, attach, get_method
+from lorakit import BadParameter, attach, get_method
 from lorakit.adapters.peft import to_peft
 from lorakit.core.calibrate import Calibration
 from lorakit.core.events import Task
@@ -34,7 +35,7 @@ def subspaces(*columns: range, d: int = 12) -> list[Tensor]:
 class Regressions:
     """W is learned on one task after another; everything is exact and in fp64."""
 
-    def __init__(self, name: str, inputs: list[Tensor], *, steps: int = 80, lr: float = 0.05, d_out: int = 6, **kwargs: Any) -> None:
+    def __init__(self, name: str, inputs: list[Tensor], *, steps: int = 150, lr: float = 0.3, d_out: int = 6, **kwargs: Any) -> None:
         self.inputs, d = inputs, inputs[0].shape[1]
         self.targets = [X @ normal(d_out, d, seed=70 + i).T for i, X in enumerate(inputs)]
         host = nn.Linear(d, d_out, bias=False).double()
@@ -80,7 +81,7 @@ def test_orthogonal_tasks_do_not_touch_each_other() -> None:
 
 def check_orthogonal() -> None:
     """The old task's loss changes by at most 1e-8; the new one is learned. Plain LoRA changes the old one."""
-    inputs = subspaces(range(0, 4), range(4, 8))
+    inputs = subspaces(range(4), range(4, 8))
     ours = Regressions("inflora", inputs, r=4, alpha=4.0)
     assert abs(ours.forgotten) <= 1e-8
     assert ours.learned[1][1] < 1e-3 * ours.learned[0][1], "the second task was learned"
@@ -91,8 +92,8 @@ def check_orthogonal() -> None:
 def test_overlapping_tasks_forget_what_the_memory_leaves() -> None:
     """Only what lies outside M, a share 1 − ε of ‖H‖², can change: |ΔW X₁| ≤ ‖ΔW‖ · ‖(I − M Mᵀ) X₁‖; less with a larger ε, and less than
     LoRA at any."""
-    inputs, forgotten = subspaces(range(0, 6), range(3, 9)), {}
-    for lamb in (0.5, 0.9, 0.999, 1.0):
+    inputs, forgotten = subspaces(range(6), range(3, 9)), {}
+    for lamb in (0.5, 0.9, 1.0):
         ours = Regressions("inflora", inputs, r=5, alpha=5.0, lamb=lamb, lame=1.0)
         d, X = ours.adapted.branches()[0].delta, inputs[0]
         Q = ours.memory.used()
@@ -100,17 +101,17 @@ def test_overlapping_tasks_forget_what_the_memory_leaves() -> None:
         change = d.s * (X @ d.A.T @ d.B.T).detach()
         assert change.norm() <= d.s * torch.linalg.matrix_norm(d.B @ d.A, 2) * outside.norm() + 1e-12
         H = X.T @ X
-        assert (H - Q @ Q.T @ H).square().sum() <= (1 - lamb) * H.square().sum() * (1 + 1e-9)
+        assert (H - Q @ Q.T @ H).square().sum() <= (1 - lamb + 1e-12) * H.square().sum()
         forgotten[lamb] = change.square().sum().item()
-    assert forgotten[0.5] > forgotten[0.9] > forgotten[0.999] > forgotten[1.0]
+    assert forgotten[0.5] > forgotten[0.9] > forgotten[1.0]
     assert forgotten[1.0] < 1e-16
     lora = Regressions("lora", inputs, r=5, alpha=5.0)
     assert all(Regressions("inflora", inputs, r=5, alpha=5.0, lamb=lamb).forgotten < lora.forgotten for lamb in (0.9, 1.0))
 
 
 def test_it_loses_where_tasks_need_the_same_directions() -> None:
-    """Opposite answers to the same inputs: nothing is forgotten and nothing is learned, where LoRA learns the new at the cost of the old."""
-    inputs = subspaces(range(0, 4), range(0, 4))
+    """Other answers to the same inputs: nothing is forgotten and nothing is learned, where LoRA learns the new at the cost of the old."""
+    inputs = subspaces(range(4), range(4))
     ours, lora = (Regressions(name, inputs, r=4, alpha=4.0, **more) for name, more in (("inflora", {"lamb": 1.0}), ("lora", {})))
     assert abs(ours.forgotten) <= 1e-8
     assert ours.learned[1][1] == pytest.approx(ours.learned[0][1], rel=1e-6)
@@ -119,8 +120,8 @@ def test_it_loses_where_tasks_need_the_same_directions() -> None:
 
 
 def test_three_tasks_keep_every_pair() -> None:
-    inputs = subspaces(range(0, 3), range(3, 6), range(6, 9))
-    run = Regressions("inflora", inputs, r=3, alpha=3.0)
+    inputs = subspaces(range(3), range(3, 6), range(6, 9))
+    run = Regressions("inflora", inputs, r=3, alpha=3.0, d_out=10)
     (branch,) = run.adapted.branches()
     d = branch.delta
     assert d.A0.shape == (6, 12)
@@ -170,7 +171,7 @@ def check_interference() -> None:
         M, d = controller.memory[branch.site.name], branch.delta
         Q = M.used().float()
         assert M.basis.shape[1] <= branch.site.d_in / 2
-        assert 0 < Q.shape[1]
+        assert Q.shape[1] > 0
         assert d.B.any()
         assert ((d.B @ d.A).detach() @ Q).norm() <= 1e-6
         k = min(4, branch.site.d_in - Q.shape[1])
@@ -235,8 +236,6 @@ def test_it_is_saved_loaded_merged_and_exported_with_every_pair() -> None:
         adapted.save(f"{folder}/own")
         again = lorakit.load(base(), f"{folder}/own")
         to_peft(adapted.state(), f"{folder}/peft", model=base())
-        import warnings
-
         with warnings.catch_warnings(action="ignore"):
             theirs = peft.PeftModel.from_pretrained(base(), f"{folder}/peft").eval()
     assert same_bits(logits(again.model, batch(5)), want)

@@ -1,9 +1,10 @@
 """SoRA's acceptance properties (arXiv:2311.11696)."""
 
-import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from lorakit.methods.rank_allocation.sora import ThresholdSpec, soft_threshold
 from lorakit.parts.inits.random import Kaiming
 from tests.laws.steps import Run
 from tests.laws.subject import base, batch, far, logits, same_bits, subject
-from tests.methods.tools import layer, normal, teacher, whole
+from tests.methods.tools import layer, teacher, whole
 
 XI = 0.3
 
@@ -82,7 +83,7 @@ def test_without_a_loss_every_gate_is_exactly_zero_after_its_size_over_xi_steps(
     assert steps_to_zero(XI, controllers=())[0] != want
 
 
-def test_it_follows_the_optimizer_and_leaves_a_and_b_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_follows_the_optimizer_and_leaves_a_and_b_alone() -> None:
     (sparse, plain) = (Run(attach(base(), get_method("sora", r=4, xi=xi)), total=8) for xi in (0.05, 0.0))
     sparse.step(), plain.step()
     for p, q in zip(sparse.adapted.params(), plain.adapted.params(), strict=True):
@@ -122,14 +123,14 @@ def test_per_rate_takes_the_steps_own_learning_rate() -> None:
 # --- what it finds ----------------------------------------------------------------------------------------------------------------
 
 
-def trained(xi: float, *, singular: list[float] | None = None, steps: int = 250) -> tuple[int, float]:
+def trained(xi: float, *, singular: list[float] | None = None, steps: int = 160) -> tuple[int, float]:
     """(open gates, ‖ΔW − ΔW*‖²) on one layer."""
     target = teacher(10, 12, singular or [4.0, 3.0])
     adapted = layer(get_method("sora", r=6, alpha=6.0, xi=xi, sites="w"))
     W = adapted.model.w.weight.detach().clone()
     run = Run(adapted, total=steps, lr=3e-2, clip=1e9, loss=lambda m, _: (whole(adapted) - W - target).square().sum())
     run.steps(steps).finish()
-    return open_gates(adapted), float((whole(adapted) - W - target).square().sum())
+    return open_gates(adapted), (whole(adapted) - W - target).square().sum().item()
 
 
 def test_a_larger_xi_never_leaves_more_ranks() -> None:
@@ -168,7 +169,7 @@ def test_it_starts_as_lora_with_gates_from_a_standard_normal() -> None:
         assert not torch.cat(gates(attach(base(), get_method("sora", r=4)))).any(), "a mutant whose gates never open"
 
 
-def test_zero_gates_are_exact_zeros_in_the_file_and_are_dropped_in_the_export(tmp_path: Any) -> None:
+def test_zero_gates_are_exact_zeros_in_the_file_and_are_dropped_in_the_export(tmp_path: Path) -> None:
     adapted = Run(subject("sora", xi=0.15), total=8).steps(5).finish()
     live, kept = logits(adapted.model, batch()), open_gates(adapted)
     assert 0 < kept < 4 * len(adapted.branches())
@@ -177,16 +178,8 @@ def test_zero_gates_are_exact_zeros_in_the_file_and_are_dropped_in_the_export(tm
     assert [int((g == 0).sum()) for g in gates(again)] == [int((g == 0).sum()) for g in gates(adapted)]
     assert same_bits(logits(again.model, batch()), live)
     assert to_peft(adapted.state(), tmp_path / "peft", model=base()).total == 0
-    plain = lorakit.load(base(), tmp_path / "peft", force=True)
-    tensors = plain.tensors("default") if not plain.branches() or "g" not in dict(plain.branches()[0].delta.named_parameters()) else {}
-    if tensors:  # PEFT's folder keeps what the adapter was; its own tensors are those that PEFT reads
-        assert sum(len(t) for k, t in tensors.items() if k.endswith(".A")) == kept
-    with tempfile.TemporaryDirectory() as folder:
-        import safetensors.torch
-
-        to_peft(adapted.state(), folder, model=base())
-        files = safetensors.torch.load_file(f"{folder}/adapter_model.safetensors")
-    assert sum(len(t) for k, t in files.items() if "lora_A" in k) == kept
+    written = safetensors.torch.load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert sum(len(t) for k, t in written.items() if "lora_A" in k) == kept, "law L5 holds its logits against the real PEFT's"
     assert far(logits(adapted.merge(), batch()), live) < 1e-5
 
 
@@ -194,8 +187,3 @@ def test_zero_gates_are_exact_zeros_in_the_file_and_are_dropped_in_the_export(tm
 def test_values_that_cannot_be(values: dict[str, Any]) -> None:
     with pytest.raises(BadParameter, match="stages="):
         get_method("sora", **values)
-
-
-def test_targets_have_the_ranks_that_the_tests_say() -> None:
-    assert int(torch.linalg.matrix_rank(teacher(10, 12, [4.0, 3.0]))) == 2
-    assert normal(3, 4).shape == (3, 4)

@@ -1,7 +1,8 @@
 """bitsandbytes as the oracle of bits. Its CPU kernels are trusted for what is asked of them here and nothing else:
 
-quantize_4bit is right everywhere. dequantize_4bit is silently wrong on AVX-512 where d_in is a multiple of 16 and not of the block size, so it
-is only asked for whole blocks (`decodes`). A Linear4bit that ran in eval mode repacks itself and loses its gradients: it stays in train mode.
+quantize_4bit is right everywhere. dequantize_4bit is silently wrong on AVX-512 where d_in is a multiple of 16 and not of the block size,
+so it is only asked for whole blocks (`decodes`). A Linear4bit that ran in eval mode repacks itself and loses its gradients: it is kept in
+train mode.
 """
 
 from types import ModuleType

@@ -58,6 +58,11 @@ def check_bits(W: Tensor, blocksize: int, want: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(scales, want[1])
 
 
+def check_all(cases: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> None:
+    for W, want in cases:
+        check_bits(W, 64, want)
+
+
 @pytest.mark.parametrize("blocksize", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,12 +96,12 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_of_the_bits_are_seen(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [weight(*shape, dtype=dtype) for dtype in DTYPES for shape in ((34, 65), (128, 256))]
-    wanted = [theirs(W, 64) for W in cases]
+    weights = [weight(*shape, dtype=dtype) for dtype in DTYPES for shape in ((34, 65), (128, 256))]
+    cases = [(W, theirs(W, 64)) for W in weights]
+    check_all(cases)
     MUTANTS[mutant](monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
-        for W, want in zip(cases, wanted, strict=True):
-            check_bits(W, 64, want)
+        check_all(cases)
 
 
 def test_a_tie_that_takes_the_upper_level_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

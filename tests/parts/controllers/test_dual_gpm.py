@@ -40,6 +40,11 @@ def test_memory_grows_as_dual_gpm_says(threshold: float) -> None:
     check_memory(threshold)
 
 
+def check_memories() -> None:
+    for threshold in (0.9, 0.98, 1.0):
+        check_memory(threshold)
+
+
 def check_memory(threshold: float) -> None:
     """Over four tasks, across the flip to the complement: always the fewest directions, nested, idempotent, never more than d/2 stored."""
     memory, old, kinds = Memory.empty(D), torch.zeros(D, D, dtype=torch.float64), set()
@@ -110,5 +115,4 @@ def _counts_sigma_not_its_square(m: pytest.MonkeyPatch) -> None:
 def test_mutants_are_seen(change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     with pytest.raises(AssertionError):
-        for threshold in (0.9, 0.98, 1.0):
-            check_memory(threshold)
+        check_memories()

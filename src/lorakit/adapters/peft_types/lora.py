@@ -139,7 +139,8 @@ class Lora(PairType):
         keys={
             "linear": {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
             "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
-            **dict.fromkeys(("experts", "router"), {"A": "lora_A.weight", "B": "lora_B.weight"}),
+            "experts": {"A": "lora_A.weight", "B": "lora_B.weight"},
+            "router": {"A": "lora_A.weight", "B": "lora_B.weight"},
         },
         bias="lora_only",
         dropout="lora_dropout",

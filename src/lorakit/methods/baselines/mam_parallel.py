@@ -5,7 +5,7 @@
 Beside, not after: the module sees what the block sees, as LoRA's A x does, and changes what the block puts out, as serial adapters do.
 With `sites=["attention-output", "mlp-output"]` the attention has one as well. x is what the block's first projection reads: in a pre-norm
 model the normed hidden state.
-The paper's MAM adapter is this module and `prefix` at the attention: `tokens=30` has both, tokens 0 the module alone, which starts at the
+The paper's MAM adapter is this module and `prefix` at the attention: `prefix=30` has both, prefix 0 the module alone, which starts at the
 base's own output.
 Trained: 2 r d + r + d a site, and the prefix. A ~ U(±1/√d), B = 0 (the paper's "lora" init).
 `scale` s, `activation` f, `norm` (a LayerNorm of the module's own), `train_norms` (train the model's), `drop_first`, `drop_random`: as in
@@ -26,7 +26,7 @@ def mam_parallel(
     activation: Activation = "relu",
     dropout: float = 0.0,
     sites: Where = "mlp-output",
-    tokens: int = 0,
+    prefix: int = 0,
     norm: bool = False,
     train_norms: bool = False,
     drop_first: int = 0,
@@ -39,6 +39,6 @@ def mam_parallel(
         "adapter_houlsby", r=r, scale=scale, activation=activation, dropout=dropout, sites=sites, parallel=True, norm=norm,
         train_norms=train_norms, drop_first=drop_first, drop_random=drop_random, rank_pattern=rank_pattern, unfreeze=unfreeze,
     )  # fmt: skip
-    if tokens == 0:
+    if prefix == 0:
         return module
-    return module.but(patches=get_method("prefix", tokens=tokens).patches, identity=False)
+    return module.but(patches=get_method("prefix", tokens=prefix).patches, identity=False)

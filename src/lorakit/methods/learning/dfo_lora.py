@@ -2,10 +2,11 @@
 
     A = reshape(R_A z_A), B = reshape(R_B z_B)         z_l = (z_A, z_B, … of the layer's sites) ∈ R^d, R fixed random
 
-Each layer has a search of its own (`algorithm`: CMA-ES or fireworks) in `d` dimensions, mean 0, step size `sigma`: a step takes the next layer, asks for `population`
-candidates z_l, computes the training loss of each on the step's batch with all other layers at their best, tells, and sets the layer to its
-best so far (`keep="best"`), or to where the search stands (`keep="mean"`, for batches that differ from step to step: then losses of
-different steps do not compare). So a run of n steps costs n · population forwards and no backward; memory is inference's.
+Each layer has a search of its own (`algorithm`: CMA-ES or fireworks) in `d` dimensions, mean 0, step size `sigma`. A step takes the next
+layer, asks for `population` candidates z_l, computes the training loss of each on the step's batch with all other layers at their best,
+tells, and sets the layer to its best so far (`keep="best"`), or to where the search stands (`keep="mean"`, for batches that differ from
+step to step: then losses of different steps do not compare). So a run of n steps costs n · population forwards and no backward; memory
+is inference's.
 R ~ N(0, std²), std = `spread` · h / (√d σ), h the standard deviation of the site's input after five rounds of clipping at 3 std. Both A and
 B are linear in z, so ΔW is quadratic; z = 0 is the base. The official code leaves most B projections at another init; here all are alike.
 The adapter is plain LoRA: A and B, r (d_in + d_out) a site. The optimizer, its schedule and its rate are not used.

@@ -1,7 +1,7 @@
 """x Wᵀ and x W of a packed W, decoded a tile of rows at a time: no dense W is ever whole, and backward keeps the codes alone.
 
-They are one operation with two orientations, each the other's gradient. As an operation of torch's own it is opaque to a compiler, which
-could otherwise join the decoding of forward and backward and keep the dense W between them.
+They are one operation with two orientations, each the other's gradient. An operation of its own is opaque to a compiler, which could
+otherwise join the decoding of forward and backward and keep the dense W between them.
 """
 
 import math
@@ -69,13 +69,6 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 nf4_matmul.register_autograd(_gradient, setup_context=_remember)
-
-
-@nf4_matmul.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    if any(d is not None for d in in_dims[1:]):
-        raise NotImplementedError("vmap over packed weights: only x can be batched")
-    return nf4_matmul(x.movedim(in_dims[0] or 0, 0), *rest), 0
 
 
 @torch.library.custom_op("lorakit::nf4_dense", mutates_args=())

@@ -67,7 +67,7 @@ class Packed(NamedTuple):
     def rows(self, layout: Layout, a: int, b: int) -> Tensor:
         """Rows a to b of W, where a begins a block: fp32 rounded to the layout's dtype, [b − a, d_in]."""
         start, n, size = a * layout.d_in, (b - a) * layout.d_in, layout.blocksize
-        pairs = _pairs(self.codes.device)[self.codes.view(-1)[start // 2 : -(-(start + n) // 2)].int()]
+        pairs = _pairs(self.codes.device).index_select(0, self.codes.view(-1)[start // 2 : -(-(start + n) // 2)].int())
         first, last = start // size, -(-(start + n) // size)
         scales = self.scales[first:last]
         if self.nested is not None:
