@@ -12,13 +12,17 @@ from rich.console import Console
 import lorakit
 from lorakit.adapters.inspect import inspect_adapter, spectrum_plot
 from tests.adapters.subject import shaken, tiny_model
+from tests.laws.matrix import under
+from tests.laws.subject import subject
 
 
-@pytest.mark.parametrize("name", lorakit.list_methods())
+@pytest.mark.parametrize("name", under("L3"))
 def test_norms_and_spectra_are_those_of_the_dense_update(name):
-    adapted = shaken(tiny_model("gpt2"), name, sites=["c_attn[q]", "c_fc", "wte"])
+    adapted = subject(name, "gpt2", sites=["c_attn[q]", "c_fc", "wte"])
     adapter = adapted.state()
     report = inspect_adapter(adapter)
+    if adapted.branches()[0].bias() is not None:
+        return  # the weights do not change
     for site, branch in zip(report.sites, adapted.branches(), strict=True):
         dense = branch.delta.weight().detach().double()
         values = torch.linalg.svdvals(dense)
@@ -27,13 +31,29 @@ def test_norms_and_spectra_are_those_of_the_dense_update(name):
         )
         assert values[len(site.singular_values) :].sum() < 1e-4
         assert site.norm == pytest.approx(dense.norm().item(), rel=1e-5)
-        assert site.rank == adapter.deltas()[site.name].factors().A.shape[0]
+        f = adapter.deltas()[site.name].factors()
+        assert site.rank == (f.A.shape[0] if f is not None else branch.delta.bound())
         shares = values[values > 1e-9 * values[0]].square() / values.square().sum()
         assert site.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-3)
     layer = [b.delta.weight() for b in adapted.branches() if b.site.layer == 0]
     assert report.layers["0"] == pytest.approx(math.sqrt(sum(w.square().sum().item() for w in layer)), rel=1e-5)
     assert set(report.layers) == {"0", "1", "other"}
-    assert report.rescales == (name == "dora")
+    assert report.rescales == adapted.methods["default"].combine.full_rank()
+
+
+@pytest.mark.parametrize("name", ["adapter_houlsby", "compacter", "bitfit"])
+def test_where_weights_do_not_change_norms_are_those_of_the_tensors(name):
+    adapted = subject(name, "gpt2")
+    report = inspect_adapter(adapted.state())
+    for site, branch in zip(report.sites, adapted.branches(), strict=True):
+        assert site.norm == pytest.approx(torch.cat([p.detach().flatten() for p in branch.delta.parameters()]).norm().item(), rel=1e-5)
+        assert (site.rank, site.singular_values, site.effective_rank) == (None, [], 0.0)
+    assert report.note == "norms of the sites' tensors: the weights do not change"
+    assert json.loads(json.dumps(report.as_dict()))["sites"][0]["rank"] is None
+    out = Console(file=io.StringIO(), width=140)
+    out.print(report.table())
+    assert "the weights do not change" in out.file.getvalue()
+    assert not report.rescales
 
 
 def test_bytes_base_and_whole_modules(tmp_path):

@@ -16,6 +16,7 @@ from lorakit.adapters.record import SIZE_LIMIT
 from lorakit.core.adapter import Adapter
 from lorakit.core.method import Recipe
 from tests.adapters.subject import logits, shaken, tiny_model
+from tests.laws.subject import subject
 
 FILES = ["adapter.json", "adapter.safetensors"]
 
@@ -46,7 +47,7 @@ def refused(model, folder, error, message):
 @pytest.mark.parametrize("name", lorakit.list_methods())
 @pytest.mark.parametrize(("arch", "kwargs"), [("llama", {"unfreeze": ("norm",)}), ("gpt2", {"sites": ["c_attn[q]", "c_fc", "wte"]})])
 def test_saving_loading_and_saving_again_gives_the_same_bytes(name, arch, kwargs, tmp_path):
-    adapted = shaken(tiny_model(arch), name, **kwargs)
+    adapted = subject(name, arch, **kwargs)
     adapted.meta = {
         "chat_template": "{{ '\n' }}{# ü #}",
         "metrics": {"loss": 0.1 + 0.2, "perplexity": float("inf"), 10: 1, 9: None},

@@ -80,12 +80,13 @@ def test_adapters_are_no_modules():
 
 def test_keys():
     lora, adalora = (TYPES[name].table.keys for name in ("LORA", "ADALORA"))
-    assert parsed("model.q_proj.lora_A.weight", lora) == ("model.q_proj", ["linear"], "A")
+    plain = ["linear", "experts", "router"]  # told apart by the tensors and the name
+    assert parsed("model.q_proj.lora_A.weight", lora) == ("model.q_proj", plain, "A")
     assert parsed("model.embed.lora_embedding_B", lora) == ("model.embed", ["embedding"], "B")
     assert parsed("model.embed.lora_magnitude_vector", lora) == ("model.embed", ["linear", "embedding"], "m")
     assert parsed("model.q_proj.lora_E", adalora) == ("model.q_proj", ["linear"], "E")
     assert parsed("model.q_proj.lora_E", lora) is None
-    assert parsed("model.lora_A.weight", lora) == ("model", ["linear"], "A")
+    assert parsed("model.lora_A.weight", lora) == ("model", plain, "A")
 
 
 def test_saved_modules_are_found_as_peft_finds_them():

@@ -245,7 +245,6 @@ CONFIGS = {
     "niter": ({"init_lora_weights": "pissa_niter_4"}, lorakit.NotExportable, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
     "olora": ({"init_lora_weights": "olora"}, lorakit.NotExportable, "olora"),
     "pissa dora": ({"init_lora_weights": "pissa", "use_dora": True}, lorakit.NotExportable, "PiSSA together with DoRA"),
-    "experts": ({"target_parameters": ["experts.gate_up_proj"]}, lorakit.NotExportable, "target_parameters.*experts"),
     "bias": ({"lora_bias": True}, lorakit.NotExportable, "lora_bias"),
     "tokens": ({"trainable_token_indices": [1]}, lorakit.NotExportable, "trainable_token_indices"),
     "replicated": ({"layer_replication": [[0, 2], [0, 2]]}, lorakit.NotExportable, "layer_replication"),

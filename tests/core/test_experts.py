@@ -18,6 +18,8 @@ from lorakit.core import experts as mixture
 from lorakit.core.lowrank import LowRank
 from lorakit.core.site import Site
 from lorakit.methods.reduction.lora_fa import corrected
+from lorakit.train.memory import saved_bytes
+from lorakit.train.metrics import forward_loss
 from tests.laws.steps import Run
 from tests.laws.subject import awaken, base, batch, everything, far, logits, loss_of, same_bits, small
 
@@ -45,15 +47,19 @@ def test_presets_leave_no_expert_behind_unless_they_say_so() -> None:
     chosen = {preset: {s.name.rsplit(".", 1)[1] for s in select(model, preset)} for preset in presets}
     attention, stacks = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_up_proj", "down_proj"}
     assert chosen == {"all-linear": attention | stacks, "linear-modules": attention, "mlp": stacks, "experts": stacks}
+    assert [s.name for s in select(model, "router")] == ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]
     with pytest.raises(NoSuchSite, match="'experts'"):
         select(base("llama"), "experts")
 
 
-def test_what_is_stored_in_another_form_is_no_site() -> None:
+def test_what_is_stored_in_another_form_is_no_site_and_a_preset_says_so() -> None:
     model = base("mixtral")
     module = model.model.layers[0].mlp.experts
     module.gate_up_proj = nn.Parameter(module.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     assert {s.layer for s in select(model, "experts")} == {1}
+    (note,) = attach(model, small("lora")).notes
+    assert note.startswith("2 weights of experts have a form that cannot be adapted and stay frozen: model.layers.0.mlp.experts.gate")
+    assert attach(base("mixtral"), small("lora")).notes == []
 
 
 # --------------------------------------------------------------------------------------------------------- forward against the oracle
@@ -99,6 +105,12 @@ def test_other_methods_that_know_stacks(name: str) -> None:
 def test_parts_of_the_fused_weight(arch: str) -> None:
     check_oracle("lora", arch, sites=["gate_up_proj[gate]", "gate_up_proj[up]", "down_proj"])
     check_oracle("lora", arch, sites="gate_up_proj[up]")
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_a_router_reads_the_changed_weight(arch: str) -> None:
+    check_oracle("lora", arch, sites="router")
+    check_oracle("rslora", arch, sites=["router", "experts"])
 
 
 def unsorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,6 +313,25 @@ def test_merging_is_exact_and_undone_to_the_bit(arch: str, dtype: torch.dtype) -
     assert all(same_bits(p, before[n]) for n, p in everything(model).items())
 
 
+def test_a_router_is_merged_disabled_and_given_back() -> None:
+    model = base("qwen3_moe")
+    router, start = model.model.layers[0].mlp.gate, logits(model, batch())
+    kind, weight, bits = type(router), router.weight, router.weight.detach().clone()
+    adapted = attach(model, get_method("lora", r=3, sites="router", dropout=0.5))
+    assert (adapted.branches()[0].site.d_out, adapted.branches()[0].site.d_in) == (4, 32)
+    assert same_bits(logits(model, batch()), start)
+    awaken(adapted, size=0.3)
+    live = logits(model, batch())
+    assert far(live, start) > 1e-3
+    with adapted.disabled():
+        assert same_bits(logits(model, batch()), start)
+    with adapted.given(step=1):
+        assert same_bits(logits(model.train(), batch()), live)  # no dropout here
+    assert far(logits(adapted.merge(), batch()), live) < 1e-5
+    adapted.detach()
+    assert type(router) is kind and router.weight is weight and same_bits(weight.detach(), bits)
+
+
 def test_merge_and_unload_leaves_the_plain_model() -> None:
     model = base("gpt_oss")
     kind = type(model.model.layers[0].mlp.experts)
@@ -384,6 +415,34 @@ def test_an_adapted_module_compiles_whole_and_once() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("method", ["lora", "lora_fa"])
+def test_the_memory_estimate_knows_it(method: str) -> None:
+    """Saved bytes of the trace against real hooks; frozen weights keep no input."""
+    model, inputs = base("mixtral"), {"input_ids": batch(), "labels": batch()}
+    attach(model, small(method, sites="experts"))
+    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs.values())}
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        graph = forward_loss(model.train(), inputs)
+    real = sum(size for key, size in seen.items() if key not in there)
+    assert saved_bytes(model, inputs) == real
+    del graph
+
+
+def test_biases_trained_whole_beside_adapted_weights() -> None:
+    model = base("gpt_oss", torch.bfloat16)
+    adapted = attach(model, small("lora", sites="experts", unfreeze=("experts.down_proj_bias",)))
+    loss_of(model, batch()).backward()
+    found = {p.name: p.tensor for p in adapted.params() if p.role == "full"}
+    assert len(found) == 2
+    assert all(p.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in found.values())
+
+
 def test_under_autocast_it_is_transformers_own_result() -> None:
     model = base("mixtral")
     model.config._experts_implementation = "grouped_mm"
@@ -408,7 +467,7 @@ def test_copies_and_pickles_go_on_working() -> None:
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_saved_and_loaded_is_the_same(arch: str, tmp_path: Any) -> None:
-    adapted = awaken(attach(base(arch), small("lora", sites=["attention", "down_proj", "gate_up_proj[up]"])))
+    adapted = awaken(attach(base(arch), small("lora", sites=["attention", "down_proj", "gate_up_proj[up]", "router"])))
     want = logits(adapted.model, batch())
     adapted.save(tmp_path / "adapter")
     again = load(base(arch), tmp_path / "adapter")

@@ -21,6 +21,7 @@ def test_rules(r: int, alpha: float) -> None:
     assert Rank.of(r, alpha).at(site()) == (r, alpha / r)
     assert Rank.of(r, alpha, rule="sqrt").at(site()) == (r, alpha / math.sqrt(r))
     assert Rank.of(r, alpha, rule="guarded").at(site()) == (r, alpha / (r + 1e-5))
+    assert Rank.of(r, alpha, rule="constant").at(site()) == (r, alpha)
 
 
 def test_patterns_match_the_end_of_a_name_on_a_dot() -> None:

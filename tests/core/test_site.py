@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, CodeGenConfig, CodeGenForCausalLM
 
 from lorakit import NoSuchSite, Site, attach, get_method, select
-from lorakit.core.site import sites_of, weight_shape
+from lorakit.core.site import Beyond, sites_of, weight_shape
 from lorakit.data.tiny import tiny_model
 from tests.laws.subject import batch, logits
 
@@ -64,6 +64,8 @@ def test_presets() -> None:
     assert {n.rsplit(".", 1)[1] for n in names(llama, "mlp")} == {"gate_proj", "up_proj", "down_proj"}
     assert {n.rsplit(".", 1)[1] for n in names(llama, "qv")} == {"q_proj", "v_proj"}
     assert names(llama, "embedding") == ["model.embed_tokens"]
+    assert names(llama, "attention-output") == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert names(llama, "mlp-output") == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     gpt2 = tiny_model("gpt2")
     assert names(gpt2, "qv") == [f"transformer.h.{i}.attn.c_attn[{r}]" for i in range(2) for r in "qv"]
     assert {n.split(".", 3)[3] for n in names(gpt2, "all-linear")} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
@@ -129,6 +131,22 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest() -> None:
     assert "empty" in message(model, [])
     assert "'re:layers'" in message(model, "re:layers"), "a regex matches the full name"
     assert "'c_attn[z]'" in message(tiny_model("gpt2"), "c_attn[z]")
+
+
+def test_a_preset_that_means_nothing_here_is_told_from_a_name() -> None:
+    said = message(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["all-linear", "mlp-output"])
+    assert "the preset 'mlp-output'" in said
+    assert "There are: 0, 1." in said
+
+
+def test_the_first_layers_can_be_left_out() -> None:
+    model = tiny_model("llama")
+    assert names(model, Beyond("qv", 1)) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    assert names(model, Beyond(("q_proj", "lm_head"), 1)) == ["model.layers.1.self_attn.q_proj", "lm_head"], "the head is in no layer"
+    assert names(model, Beyond("qv", 0)) == names(model, "qv")
+    for layers in (-1, 2):
+        said = message(model, Beyond("qv", layers))
+        assert f"leaving out {layers} layers is not possible with sites in 2 layers; expected 0 to 1" in said
 
 
 def test_a_whole_and_its_part_cannot_both_be_chosen() -> None:

@@ -34,6 +34,19 @@ def test_nothing_matched_is_an_error() -> None:
         attach(tiny_model("bert", task="sequence-classification"), get_method("lora", unfreeze=("clasifier",)))
 
 
+def test_a_predicate_chooses_by_module_and_may_choose_nothing() -> None:
+    def weights_of_norms(module: torch.nn.Module, parameter: str) -> bool:
+        return isinstance(module, torch.nn.LayerNorm) and parameter == "weight"
+
+    method = get_method("lora", sites="attention")
+    adapted = attach(tiny_model("bert"), method.but(unfreeze=(weights_of_norms,)))
+    found = {p.name for p in adapted.params() if p.role == "full"}
+    assert found
+    assert all(name.endswith("LayerNorm.weight") for name in found)
+    assert not adapted.switch().params()
+    assert all(p.role != "full" for p in attach(tiny_model("llama"), method.but(unfreeze=(weights_of_norms,))).params())
+
+
 HALF: list[tuple[str, str, Any, tuple[str, ...]]] = [
     ("llama", "causal-lm", "all-linear", ("embed_tokens", "lm_head", "norm")),
     ("gpt2", "causal-lm", "all-linear", ("*.bias",)),

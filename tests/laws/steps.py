@@ -137,6 +137,13 @@ class Run:
             c.after_step(Step(info.index, info.total, factor))
         self.optimizer.zero_grad()
 
+    processes = 1
+
+    def scored(self, batch: dict[str, Any]) -> Scored:
+        out, ids = self.adapted.model(**batch), batch["input_ids"]
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        return Scored(out.loss * ids.numel(), ids.numel(), out.logits, kept)
+
     def total_(self, tensor: Tensor) -> None:
         if self.reduce is not None:
             self.reduce([tensor])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lorakit import Adapted, list_methods
-from lorakit.core.adapter import POOL
 from lorakit.core.events import Calibrated
 from lorakit.core.site import ROOT
 from tests.laws.steps import Run
@@ -25,7 +24,7 @@ def check_L12(name: str) -> None:
     first, again, some, changed = (x.tensors("default") for x in (a, b, part, other))
     assert all(same_bits(first[k], again[k]) for k in first)
     assert some
-    pooled = f"{ROOT}.{POOL}."  # what sites share may depend on which they are
+    pooled = f"{ROOT}."  # what sites share may depend on which they are
     sole = {k: t for k, t in first.items() if not k.startswith(pooled)}
     assert all(same_bits(sole[k], some[k]) for k in some if k in sole), "a site's start depends on which others are adapted"
     flat = all((t == t.flatten()[:1]).all() for t in sole.values())  # zeros, or another constant

@@ -47,3 +47,29 @@ def test_two_processes_end_where_one_ends(tmp_path: Path, kind: str, method: str
     assert one.meta["metrics"]["loss"] == pytest.approx(both.meta["metrics"]["loss"], abs=1e-4)
     assert any(t.abs().max() > 0 for k, t in both.tensors.items() if k.endswith(".B"))
     assert torch.tensor(worst).isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(FLAGS))
+def test_tasks_in_sequence_end_where_one_process_ends(tmp_path: Path, kind: str) -> None:
+    """Each process sees its share of a task's batches, and both remember the same directions."""
+    tasks = []
+    for name, words in (("one", "abc de "), ("two", "XYZ 12 ")):
+        tasks.append(tmp_path / f"{name}.jsonl")
+        tasks[-1].write_text("".join(json.dumps({"text": f"{name} {i} " + words * (1 + 7 * i % 23)}) + "\n" for i in range(30)))
+    keys = {"method": "inflora", "sites": "attention", "max_steps": 6, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    keys |= {"train_data": "TASKS", "save_steps": 0, "seed": 3}
+
+    def words(settings: object) -> list[str]:
+        flags = command(settings)  # type: ignore[arg-type]
+        at = flags.index("--train-data")
+        return [*flags[:at], "--train-data", str(tasks[0]), "--train-data", str(tasks[1]), *flags[at + 2 :]]
+
+    finish(start(words(config(tmp_path, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **keys))))
+    port = 20000 + (os.getpid() + 7) % 20000
+    both = words(config(tmp_path, output_dir=str(tmp_path / "two"), **keys))
+    finish(start(launched(both, port, kind), ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""))
+    alone, together = (json.loads((tmp_path / name / "result.json").read_text())["tasks"] for name in ("one", "two"))
+    for before, after in zip(alone, together, strict=True):
+        assert [f["loss"] for f in before] == pytest.approx([f["loss"] for f in after], abs=2e-4)
+    assert abs(alone[1][0]["loss"] - alone[0][0]["loss"]) > 1e-5, "the second task changed nothing: the test shows nothing"

@@ -23,6 +23,7 @@ def convert(
     model: nn.Module | None = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    before_0_19: bool = False,
     smaller: bool = False,
 ) -> list[str]:
     """Read an adapter folder of either format and write another one. Returns lines that say how exact the result is.
@@ -34,7 +35,8 @@ def convert(
         raise BadParameter(f"format {to!r} cannot be written. {did_you_mean(to, FORMATS)}")
     adapter = load_adapter(source, model=model)
     adapter = compact(adapter) if smaller else adapter
-    return FORMATS[to](adapter, target, native=native, svd_rank=svd_rank, model=model, base_model=base_model, task_type=task_type)
+    named = {"base_model": base_model, "task_type": task_type}
+    return FORMATS[to](adapter, target, native=native, svd_rank=svd_rank, model=model, before_0_19=before_0_19, **named)
 
 
 def _peft(adapter: Adapter, target: str | Path, **options: Any) -> list[str]:

@@ -16,7 +16,6 @@ from rich.text import Text
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.combine import AddSpec
 from lorakit.core.delta import Delta, Factors
 from lorakit.core.errors import MissingExtra
 from lorakit.core.fingerprint import Fingerprint
@@ -32,10 +31,10 @@ class SiteReport:
     layer: int | None
     d_out: int
     d_in: int
-    rank: int
-    """Of the tensors; an update may use less of it."""
+    rank: int | None
+    """Of the tensors; an update may use less of it. None where the weight does not change: a module, a bias."""
     norm: float
-    """Frobenius norm of the update."""
+    """Frobenius norm of the update; of the site's tensors together where the weight does not change."""
     singular_values: list[float] = field(repr=False)
     experts: int | None = None
     """How many updates of this shape are stacked; norm and singular values are those of all of them together."""
@@ -72,6 +71,13 @@ class Report:
     rescales: bool
     """Whether the method also rescales W: the norms are those of s·B·A alone, the rest depends on the base."""
 
+    @property
+    def note(self) -> str | None:
+        """What the norms are, where that needs saying."""
+        if any(s.rank is None for s in self.sites):
+            return "norms of the sites' tensors: the weights do not change"
+        return "norms of s·B·A alone: the method also rescales W" if self.rescales else None
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {**asdict(self), "sites": [{**asdict(s), "effective_rank": s.effective_rank} for s in self.sites]}
@@ -81,13 +87,13 @@ class Report:
         size = f"{self.bytes['tensors'] / 1e6:.2f} MB"
         base = Fingerprint(**self.base) if self.base else "an unknown base"
         title = f"{self.recipe}, {len(self.sites)} sites, {size}, made for {base}"
-        note = "norms of s·B·A alone: the method also rescales W" if self.rescales else None
-        table = Table(title=Text(title), caption=note)
+        table = Table(title=Text(title), caption=self.note)
         for column in ("site", "shape", "rank", "effective rank", "norm", "largest σ"):
             table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
         for s in self.sites:
             figures = (f"{s.effective_rank:.1f}", f"{s.norm:.3g}", f"{max(s.singular_values, default=0.0):.3g}")
-            table.add_row(Text(s.name), s.shape, str(s.rank), *figures)  # Text: the brackets of c_attn[q] are no markup
+            rank = "-" if s.rank is None else str(s.rank)
+            table.add_row(Text(s.name), s.shape, rank, *figures)  # Text: the brackets of c_attn[q] are no markup
         for name, shape in self.unfrozen.items():
             table.add_row(Text(name), "×".join(map(str, shape)), "whole", "", "", "")
         return table
@@ -104,7 +110,7 @@ def inspect_adapter(adapter: Adapter, *, folder: str | Path | None = None) -> Re
         {"tensors": sum(t.nbytes for t in adapter.tensors.values())} | _files(folder),
         {name: list(t.shape) for name, t in adapter.unfrozen().items()},
         adapter.meta.get("base"),
-        not isinstance(adapter.method().combine, AddSpec),
+        adapter.method().combine.full_rank(),
     )
 
 
@@ -116,6 +122,9 @@ def singular_values(f: Factors) -> Tensor:
 
 
 def _site(site: Site, delta: Delta) -> SiteReport:
+    if not delta.linear or delta.bound() == 0:
+        norm = math.sqrt(sum(p.double().square().sum().item() for p in delta.parameters()))
+        return SiteReport(site.name, site.role, site.layer, site.d_out, site.d_in, None, norm, [], site.experts)
     f = delta.factors()
     values = singular_values(f) if f is not None else torch.linalg.svdvals(delta.weight().double())
     rank = f.A.shape[-2] if f is not None else delta.bound()

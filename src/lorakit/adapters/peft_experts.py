@@ -72,7 +72,7 @@ def unpack(first: Tensor, second: Tensor, experts: int, *, turned: bool) -> Matr
 
 
 def is_old(found: Mapping[Site, Matrices], targets: Targets, version: str | None, path: Path) -> bool:
-    """Whether a file's pairs are in the layout before 0.19. Raises AdapterMismatch for shapes of neither, CheckpointError if nothing tells."""
+    """Whether a file's pairs are in the layout before 0.19. Raises AdapterMismatch for shapes of neither, CheckpointError if none tells."""
     for site, matrices in found.items():
         if not any(_fits(site, matrices, turned) for turned in {False, not targets[site]}):
             shapes = " and ".join(str(tuple(m.shape)) for m in matrices)
@@ -114,8 +114,10 @@ def unwrapped(
             raise AdapterMismatch(f"{path} adapts {site.name!r}, and the tensor {missing[0]!r} is not there")
         found[site] = out.pop(keys[0]), out.pop(keys[1])
     wrappers = tuple(f"{PREFIX}{site.module}{part}" for site in targets for part in (f"{WRAPPED}.", ".lora_"))
-    if stray := [key for key in out if key.startswith(wrappers)]:
-        raise AdapterMismatch(f"tensor {stray[0]!r} belongs to a parameter that {path} does not name among its target_parameters")
+    if stray := [key for key in out if key.startswith(wrappers) or f"{WRAPPED}.lora_" in key]:
+        raise AdapterMismatch(
+            f"tensor {stray[0]!r} belongs to a parameter that {path} does not name among its target_parameters, or that is no site here"
+        )
     stacks = {site: matrices for site, matrices in found.items() if site.experts is not None}
     old = bool(stacks) and is_old(stacks, targets, version, path)
     for site, (first, second) in found.items():

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,9 @@ def convert(
         int | None,
         typer.Option("--svd-rank", min=1, help="plain LoRA; where it is not exact (DoRA), the closest of this rank, and its error"),
     ] = None,
+    before_0_19: Annotated[
+        bool, typer.Option("--before-0-19", help="experts: the layout of PEFT before version 0.19, which later ones do not load")
+    ] = False,
     compact: Annotated[
         bool, typer.Option("--compact", help="VeRA, VB-LoRA: leave out what can be drawn again, or serves further training alone")
     ] = False,
@@ -53,8 +56,9 @@ def convert(
     from lorakit.serve.open import base_of, recorded
 
     name = model or recorded(adapter).get("model")
-    base = base_of(adapter, model, needed=svd_rank is not None)
+    base = base_of(adapter, model, needed=svd_rank is not None or before_0_19)
     native = not plain and svd_rank is None
-    for line in run(adapter, out, to=to, native=native, svd_rank=svd_rank, model=base, base_model=name, smaller=compact):
+    options: dict[str, Any] = {"native": native, "svd_rank": svd_rank, "before_0_19": before_0_19, "smaller": compact}
+    for line in run(adapter, out, to=to, model=base, base_model=name, **options):
         print(line)
     print(f"{to} adapter:", out)

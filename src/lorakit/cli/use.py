@@ -27,15 +27,20 @@ def eval_(
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="default: that of the training")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     exact_match: Annotated[bool, typer.Option("--exact-match", help="generate answers of chat or prompt rows and compare them")] = False,
+    posterior: Annotated[bool, typer.Option("--posterior", help="calibration of the mean and of the posterior (laplace_lora)")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     force: Force = False,
 ) -> None:
-    """Held-out loss, perplexity and bits per byte; accuracy and F1 for classifiers; exact match on request."""
-    from lorakit.serve.score import score
+    """Held-out loss, perplexity and bits per byte; accuracy and F1 for classifiers; exact match and calibration on request."""
+    from lorakit.bayes.score import score as calibration
+    from lorakit.serve.score import prepared, score
 
-    figures = score(
-        _open(adapter, model, force), data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match
-    )
+    opened = _open(adapter, model, force)
+    if posterior:
+        sides = prepared(opened, data, whole=whole, limit=max_samples, max_length=max_length)
+        figures = calibration(opened.adapted, sides.valid, batch_size=batch_size)
+    else:
+        figures = score(opened, data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match)
     if as_json:
         return print(json.dumps(figures, indent=1))
     table = Table(*figures, box=None)

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
 from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
 from lorakit.core.shared import Patch, Shared
-from lorakit.core.site import ROOT, Site, select, sites_of
+from lorakit.core.site import ROOT, Beyond, Site, Where, select, sites_of, strange_stacks
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
 
 
@@ -122,6 +122,7 @@ class Adapted:
             self.switch(*before)
             raise
         self._note_ties(sites)
+        self._note_stacks(method.sites)
         if any(s.kind == "embedding" or s.role == "head" for s in sites):
             self.model.__dict__["resize_token_embeddings"] = _refuse_resize
         return self.switch(name)
@@ -393,7 +394,8 @@ class Adapted:
         self._meta[name] = {k: v for k, v in adapter.meta.items() if k != "base"}
         here = getattr(self.model, "quantized", None)
         if adapter.meta.get("quantized") != here and self.methods[name].base is None:
-            self.notes.append(f"{name!r} was trained on a base stored as {adapter.meta.get('quantized')}; this one is stored as {here}")
+            then, now = (f"quantized, {facts}" if facts else "not quantized" for facts in (adapter.meta.get("quantized"), here))
+            self.notes.append(f"{name!r} was trained on a base that was {then}; this one is {now}")
 
     def _forget(self, *names: str) -> None:
         self.active = tuple(n for n in self.active if n not in names)
@@ -471,6 +473,14 @@ class Adapted:
                 self.notes.append(
                     f"{site.module} shares its weight with another module: the adapter changes this use only, and merging unties the two"
                 )
+
+
+    def _note_stacks(self, where: Where | Beyond) -> None:
+        """A preset that means every layer says which weights it could not mean."""
+        entries = (where,) if isinstance(where, str) else where if isinstance(where, Sequence) else ()
+        strange = strange_stacks(self.model) if {"all-linear", "mlp"} & set(entries) else []
+        if strange:
+            self.notes.append(f"{len(strange)} weights of experts have a form that cannot be adapted and stay frozen: {strange[0]}, …")
 
 
 class _Prepare:

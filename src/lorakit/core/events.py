@@ -69,6 +69,13 @@ class Run(Protocol):
     def update(self, info: Step) -> None:
         """after_backward, clip, the step of the optimizer at this step's rate, after_step, zero_grad."""
 
+    def scored(self, batch: Mapping[str, Any]) -> "Scored":
+        """One plain forward of a batch, with its graph."""
+
+    @property
+    def processes(self) -> int:
+        """How many processes the run has."""
+
     def total_(self, tensor: Tensor) -> None:
         """Sum a statistic over all processes, in place: what follows from it must be the same everywhere."""
 

@@ -153,6 +153,12 @@ def sites_of(model: nn.Module) -> list[Site]:
     return found
 
 
+def strange_stacks(model: nn.Module) -> list[str]:
+    """Weights of experts in another form than those that are sites: they can only stay frozen."""
+    own = [(path, module) for path, module in model.named_modules() if "expert" in path and not ours(path) and not stacked(module)]
+    return [f"{path}.{name}" for path, module in own for name, p in module.named_parameters(recurse=False) if p.ndim >= 3]
+
+
 def select(model: nn.Module, where: Where | Beyond) -> list[Site]:
     """Sites chosen by a preset, a name or suffix, a glob, `re:` regex, a list of those, or a predicate.
 

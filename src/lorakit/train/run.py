@@ -230,6 +230,15 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.figures = {"learning_rate": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
 
+    def scored(self, batch: Mapping[str, Any]) -> Scored:
+        """One plain forward of a batch, with its graph."""
+        return forward_scored(self.adapted.model, batch)
+
+    @property
+    def processes(self) -> int:
+        """How many processes the run has."""
+        return self.world.size
+
     def total_(self, tensor: Tensor) -> None:
         """Sum a statistic over all processes, in place."""
         self.world.total_(tensor)

@@ -206,7 +206,7 @@ def test_a_mutant_is_seen(what, monkeypatch):
 
 
 @pytest.mark.slow
-def test_on_a_built_in_task_it_learns_with_a_twentieth_of_loras_parameters(tmp_path):
+def test_on_a_built_in_task_it_learns_less_than_lora_with_far_fewer_parameters(tmp_path):
     start = final(tmp_path, "lora", learning_rate=1e-12, steps=1)
     lora = final(tmp_path, "lora", learning_rate=5e-3)
     module = final(tmp_path, "compacter", learning_rate=1e-2)

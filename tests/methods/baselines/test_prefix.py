@@ -52,7 +52,7 @@ def check_words_in_front(arch: str, implementation: str = "sdpa") -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "mixtral", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "gpt_neox", "gpt2"])
 def test_a_prefix_of_words_is_those_words_in_front(arch: str, implementation: str) -> None:
     check_words_in_front(arch, implementation)
 

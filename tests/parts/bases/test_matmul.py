@@ -155,6 +155,6 @@ def test_compiled_it_is_one_graph_that_keeps_the_codes_alone() -> None:
     x = normal(3, 96, dtype=torch.float32).requires_grad_()
     compiled = torch.compile(lambda x: nf4_matmul(x, *args, False), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), x @ W.T)
-    check_saved(lambda x, *rest: compiled(x))
+    assert sum(t.nbytes for t in saved(lambda: compiled(x))) < 0.17 * W.nbytes
     (dx,) = torch.autograd.grad(compiled(x).sum(), x)
     assert torch.equal(dx, torch.ones(3, 64) @ W)

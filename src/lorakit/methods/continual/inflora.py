@@ -36,13 +36,15 @@ from lorakit.core.scale import Rank
 from lorakit.core.site import Site, Where
 from lorakit.parts.controllers.dual_gpm import Memory
 from lorakit.parts.inits.random import set_
+from lorakit.parts.inits.triplets import signs
 
 LARGEST = 16384
 
 
 def designed(memory: Memory, H: Tensor, r: int) -> Tensor:
     """A [r, d_in] for a task with inputs H, where the memory has no direction."""
-    A = memory.ranked(H)[0][:, :r].T / 3**0.5
+    A = memory.ranked(H)[0][:, :r].T
+    A = signs(A) * A / 3**0.5
     return torch.cat([A, A.new_zeros(r - len(A), A.shape[1])])
 
 

@@ -8,7 +8,7 @@ Sites of one kind in consecutive layers form a chain; n − i is the i-th predec
 
 The first layer has no predecessor and is plain LoRA (the official code doubles its input). Trained: A and B, r (d_in + d_out) a site; with
 `bs` and `ms` they are trained through later layers too. A as in `lora`, B = 0.
-`bs` is a change of the weight, of rank (pre + 1) r, and merges and exports exactly. `is` and `ms` read other layers' inputs, so they cannot;
+`bs` is a change of the weight, of rank (pre + 1) r, and merges and exports exactly. `is` and `ms` read other layers' inputs and cannot.
 `approximate` gives the nearest plain LoRA by the paper's rule x_{n−i} ≈ α_i x_n, α_i the ratio of the inputs' norms over a calibration
 set ("bi") or of the weights' norms ("bw"), and is labeled so.
 Defaults: `variant` ms, r 4, alpha 16, `pre` 4 (official; -1 means all). In decoding with a cache a predecessor's input is the same token's.
@@ -75,9 +75,6 @@ class Residual(Delta):
         """The predecessors' deltas, nearest first."""
         (links,) = self.links
         return [links.deltas[s.name] for s in links.before[self.site.name]]
-
-    def drop(self, x: Tensor, ctx: Ctx) -> Tensor:
-        return random.dropout(x, ctx.key, self.stream, self.p) if self.p and self.training and x.is_floating_point() else x
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         A, B = (self._down(), self._up()) if self.linear else (self.A, self.B)

@@ -3,7 +3,8 @@
     y = W x + (alpha / r) · B A dropout(x) + bias        W: d_out × d_in frozen, A: r × d_in, B: d_out × r
 
 Trained: A and B, r (d_in + d_out) parameters a site. A ~ U(±1/√d_in), B = 0, so the output is the base's at the start, bit for bit; at an
-embedding A = 0 and B ~ N(0, 1). Merging adds s·B·A to W.
+embedding A = 0 and B ~ N(0, 1). Merging adds s·B·A to W. Of a mixture's stacked experts each has a pair of its own: A is E × r × d_in,
+B is E × d_out × r.
 Defaults: r 8, alpha 16, no dropout (RoBERTa, section D.1 and the official GLUE scripts). The paper adapts Wq and Wv (`sites="qv"`);
 adapting every linear layer is today's practice and the default here.
 References: arXiv:2106.09685; survey 2.1.

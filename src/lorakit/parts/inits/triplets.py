@@ -21,7 +21,11 @@ def principal(W: Tensor, r: int, niter: int, rng: torch.Generator, *, spare: int
     return (Q @ U)[:, :r], S[:r], Vh[:r]
 
 
+def signs(rows: Tensor) -> Tensor:
+    """±1 for each row [r, 1], by which its largest entry becomes positive: what LAPACK leaves open, and differs by build."""
+    return rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+
+
 def signed(U: Tensor, S: Tensor, Vh: Tensor) -> Triplets:
-    """The same triplets with the largest entry of every row of Vᵀ positive: what LAPACK leaves open, and differs by build."""
-    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()
-    return U * signs.T, S, Vh * signs
+    """The same triplets with the largest entry of every row of Vᵀ positive."""
+    return U * signs(Vh).T, S, Vh * signs(Vh)

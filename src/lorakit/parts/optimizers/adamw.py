@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from lorakit.core.errors import Incompatible
 from lorakit.core.params import Param, ParamTable
 from lorakit.core.site import MIXTURES, Kind
 
@@ -29,7 +30,9 @@ class AdamW:
     undecayed: tuple[str, ...] = ()
 
     def build(self, table: ParamTable, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-        """One group per rate and decay, in the table's order."""
+        """One group per rate and decay, in the table's order. Raises Incompatible for an adapter of which nothing is trained."""
+        if not len(table):
+            raise Incompatible("there is nothing to train: the active adapter has no trainable parameters, as a compact one has none")
         kinds = table.groups(lambda p: (self.rate(p, lr), 0.0 if p.role in self.undecayed else weight_decay))
         groups = [
             {"params": [p.tensor for p in rows], "lr": rate, "weight_decay": decay, "names": [p.name for p in rows]}

@@ -62,7 +62,8 @@ class Prompt(Patch):
         embeds = kwargs.get("inputs_embeds")
         length = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
         if mask is not None:
-            kwargs["attention_mask"] = _covering(mask, past + n * self.entered + length, n)
+            covered = mask.shape[1] == past + n + length and self.model_of[0].config.is_encoder_decoder  # by `_widen`
+            kwargs["attention_mask"] = mask if covered else _covering(mask, past + n * self.entered + length, n)
         if positions is not None:
             front = torch.arange(n * self.entered, device=positions.device).expand(len(positions), -1)
             kwargs["position_ids"] = torch.cat([front, positions + n], dim=1)
@@ -108,13 +109,13 @@ def refuse(cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
 
 
 def _covering(mask: Tensor, total: int, n: int) -> Tensor:
-    """The mask [b, total]; n columns for the prompt are added unless they are there."""
-    if mask.shape[1] not in (total, total - n):
+    """The mask of the text and of what the cache holds of it, with n columns for the prompt: [b, total]."""
+    if mask.shape[1] != total - n:
         raise Incompatible(
             f"the attention mask has {mask.shape[1]} columns; with a prompt of {n} there should be {total - n}: "
             "the cache was cropped, or filled while the prompt was not in force"
         )
-    return mask if mask.shape[1] == total else F.pad(mask, (n, 0), value=1)
+    return F.pad(mask, (n, 0), value=1)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:

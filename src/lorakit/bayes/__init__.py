@@ -1,0 +1,1 @@
+"""What reads a posterior over an adapter."""

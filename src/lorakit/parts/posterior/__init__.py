@@ -1,0 +1,1 @@
+"""A Gaussian posterior over an adapter: its factors, and how they are found."""
