@@ -47,7 +47,7 @@ def path(model: nn.Module, method: Method, data: TrainData, config: TrainConfig)
     parts |= {f"{b.site.name}.weight": b.weight().detach() for b in adapted.branches()}
     adapted.detach()
     losses = [row["loss"] for row in run.history if "loss" in row]
-    return torch.cat([parts[name].flatten() for name in sorted(parts)]), losses, final["loss"]
+    return torch.cat([parts[name].double().flatten() for name in sorted(parts)]), losses, final["loss"]
 
 
 def main() -> None:

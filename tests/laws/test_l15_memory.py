@@ -43,12 +43,19 @@ def hidden(branch: Branch, dropout: bool) -> int:
     return branch.site.d_in * (1 + dropout + (branch.site.role == "down")) + branch.delta.bound()
 
 
+def mixture(branch: Branch, dropout: bool) -> int:
+    """x for the router and, dropped, for the experts with its mask; N gates; N r wide before the gates and after."""
+    n, r, _ = branch.delta.A.shape
+    return branch.site.d_in * (1 + 2 * dropout) + n + 2 * n * r
+
+
 DECLARED: dict[str, Callable[[Branch, bool], int]] = {
     "hiddenkey": hidden,
     "fourierft": lambda branch, dropout: branch.site.d_in,  # and never ΔW
     "krona": kronecker,
     **dict.fromkeys(("adapter_houlsby", "adapter_pfeiffer", "mam_parallel"), module),
     "compacter": hypercomplex,
+    "loramoe": mixture,
     "reslora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # a first layer: as LoRA
     "vb_lora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # as LoRA
 }

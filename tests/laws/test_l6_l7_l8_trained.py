@@ -24,8 +24,8 @@ def check_L6(name: str) -> None:
 
 
 def check_L7(name: str) -> None:
-    for sites, unfreeze in (("all-linear", ("lm_head",)), ("embedding", ())):
-        adapted = subject(name, awake=False, sites=sites, unfreeze=unfreeze)
+    for sites, whole in (("all-linear", ("lm_head",)), ("embedding", ())):
+        adapted = subject(name, awake=False, sites=sites, unfreeze=whole)
         run = Run(adapted, total=8)
         declared = {id(p.tensor) for p in adapted.params()}
         names = {n for n, p in adapted.model.named_parameters() if id(p) in declared}

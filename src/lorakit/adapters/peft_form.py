@@ -18,6 +18,7 @@ from lorakit.adapters.peft_types import NATIVE
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import NotExportable
 from lorakit.core.lowrank import LowRankSpec
+from lorakit.core.method import describe, get_method
 from lorakit.core.scale import Rank
 from lorakit.core.site import Site
 
@@ -26,7 +27,7 @@ def form_of(adapter: Adapter, *, native: bool, svd_rank: int | None, model: nn.M
     """PEFT's own form of the method if there is one and it is asked for, else the plain one, else the closest of rank `svd_rank`."""
     if not adapter.sites:
         raise NotExportable(f"{adapter.recipe.name} adapts no site: PEFT has no form for an adapter without one")
-    own = NATIVE[adapter.recipe.name](adapter, model) if native and adapter.recipe.name in NATIVE else None
+    own = _own(adapter, model) if native else None
     if own is not None:
         return own
     try:
@@ -35,6 +36,16 @@ def form_of(adapter: Adapter, *, native: bool, svd_rank: int | None, model: nn.M
         if svd_rank is None:
             raise NotExportable(f"{error}; svd_rank=R (--svd-rank R) writes the closest plain LoRA of rank R, and its error") from None
         return closest(adapter, svd_rank, model)
+
+
+def _own(adapter: Adapter, model: nn.Module | None) -> Form[Any] | None:
+    """The native form of the method, or of the first of several that has one and the same combine as all of them together."""
+    method = adapter.method()
+    for name in adapter.recipe.name.split("+"):
+        alone = get_method(name, **{k: v for k, v in adapter.recipe.kwargs.items() if k in describe(name).parameters})
+        if name in NATIVE and alone.combine == method.combine:
+            return NATIVE[name](adapter, model)
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------------------- the forms

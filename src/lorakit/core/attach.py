@@ -18,7 +18,7 @@ from lorakit.core.calibrate import Calibration, observe
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta
 from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, NotMergeable, did_you_mean
-from lorakit.core.events import Calibrated, Init
+from lorakit.core.events import Assembled, Calibrated, Init
 from lorakit.core.fingerprint import Fingerprint, fingerprint
 from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
 from lorakit.core.method import Method
@@ -93,7 +93,7 @@ class Adapted:
             raise BadParameter(f"an adapter called {name!r} is already attached; switch({name!r}) or choose another name")
         self._not_while_merged("add an adapter")
         before = self.active
-        method = what if isinstance(what, Method) else what.method()
+        method = self._assembled(what) if isinstance(what, Method) else what.method()
         if method.base is not None:
             self._store(method.base)
         sites = _sites(self.model, method, what)
@@ -226,9 +226,9 @@ class Adapted:
 
     @contextmanager
     def given(self, *, step: int, seed: int | None = None) -> Iterator["Adapted"]:
-        """Fix the context of the forwards inside: masks follow from (seed, step)."""
+        """Fix the context of the forwards inside: masks follow from (seed, step). What it says of the samples stays."""
         key = torch.tensor([self.seed if seed is None else seed, step], dtype=torch.int64)
-        with self.cell.hold(Ctx(key)):
+        with self.cell.hold(replace(self.cell.value, key=key, memo={})):
             yield self
 
     @property
@@ -338,8 +338,22 @@ class Adapted:
                 )
             self._stored.append(spec.store(module))
 
+    def _assembled(self, method: Method) -> Method:
+        """The method with the finished adapters that its init is made of, at their sites."""
+        if not isinstance(method.init, Assembled):
+            return method
+        from lorakit.adapters.io import load_adapter
+
+        adapters = [load_adapter(folder, model=self.model) for folder in method.init.folders]
+        for adapter in adapters:
+            check_base(adapter, self.fingerprint, force=False)
+        names = dict.fromkeys(site.name for adapter in adapters for site in adapter.sites)
+        init = method.init.fit([adapter.factors() for adapter in adapters])
+        return replace(method, init=init, sites=tuple(f"re:{re.escape(name)}" for name in names))
+
     def _init(self, method: Method, sites: list[Site], calibration: Calibration | Iterable[Mapping[str, Any]] | None) -> Init | None:
         """The method's init, after it has seen the data it needs."""
+        assert not isinstance(method.init, Assembled)  # `add` has assembled it
         if not isinstance(method.init, Calibrated):
             return method.init
         if calibration is None:

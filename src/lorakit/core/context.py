@@ -18,6 +18,10 @@ class Ctx:
     key: Tensor
     ends: Tensor | None = None
     """At an experts site, whose rows are sorted by expert: int32 [E], where each expert's rows end."""
+    kinds: Tensor | None = None
+    """Each token's kind of sample, int64 [b, t], −1 at padding; None where the data name none."""
+    samples: Tensor | None = None
+    """Each token's sample, int64 [b, t], numbered over the batch: a row, or in packed windows a document."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
     """Inputs of the modules that some delta elsewhere `reads`, by path, and what patches decided, filled as the forward goes; one a forward."""
 

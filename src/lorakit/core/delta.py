@@ -66,6 +66,10 @@ class Delta(nn.Module, ABC):
         """(A, B, s) with ΔW = s·B·A exactly, or None when the delta has no factors."""
         return None
 
+    def experts(self) -> tuple[Factors, ...]:
+        """The ordinary LoRAs that it mixes; none in most deltas."""
+        return ()
+
     def fit(self, shapes: Mapping[str, torch.Size]) -> None:
         """Take the shapes of a saved adapter's tensors, before they are copied in. Raises AdapterMismatch where they cannot differ."""
         refuse_shapes(self, shapes)
@@ -87,6 +91,11 @@ class DeltaSpec(ABC):
     def linear(self) -> bool:
         """Whether the deltas are changes of the weight."""
         return True
+
+    @property
+    def beyond(self) -> str | None:
+        """Why the deltas cannot be merged; None for changes of the weight."""
+        return None if self.linear else "its modules are not linear"
 
     @property
     def kinds(self) -> frozenset[Kind]:

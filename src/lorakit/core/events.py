@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta
+from lorakit.core.delta import Delta, Factors
 from lorakit.core.site import MIXTURES, Kind, Site
 
 if TYPE_CHECKING:
@@ -231,3 +231,14 @@ class Calibrated(ABC):
     @abstractmethod
     def fit(self, seen: Mapping[str, "Seen"], sites: Sequence[Site]) -> Init:
         """The init that follows from what was seen, by site name. It may call `delta.fit` to change a site's rank."""
+
+
+class Assembled(ABC):
+    """An init made of finished adapters: attach reads them, in either format, and adapts the sites that any of them adapts."""
+
+    requires: frozenset[str] = frozenset()
+    folders: tuple[str, ...]
+
+    @abstractmethod
+    def fit(self, found: Sequence[Mapping[str, Factors]]) -> Init:
+        """The init that follows from each adapter's factors, by site name. It may call `delta.fit` to change a site's rank."""

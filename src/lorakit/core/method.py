@@ -19,9 +19,10 @@ import pydantic
 
 from lorakit.core.base import BaseSpec
 from lorakit.core.combine import AddSpec, CombineSpec
+from lorakit.core.compose import composed
 from lorakit.core.delta import DeltaSpec
 from lorakit.core.errors import BadParameter, Incompatible, NoSuchMethod, did_you_mean
-from lorakit.core.events import Calibrated, ControllerSpec, Descent, Init, LoopSpec, Objective, Penalty
+from lorakit.core.events import Assembled, Calibrated, ControllerSpec, Descent, Init, LoopSpec, Objective, Penalty
 from lorakit.core.shared import PatchSpec
 from lorakit.core.site import MODULES, Beyond, Site, Where
 from lorakit.core.unfreeze import Pattern
@@ -52,7 +53,7 @@ class Method:
     """Parts, all of them frozen values with a `build`; everything built is owned by Adapted or by the run."""
 
     delta: DeltaSpec | None
-    init: Init | Calibrated | None = None
+    init: Init | Calibrated | Assembled | None = None
     combine: CombineSpec = AddSpec()
     sites: Where | Beyond = "all-linear"
     unfreeze: tuple[Pattern, ...] = ()
@@ -92,8 +93,8 @@ class Method:
     @property
     def beyond(self) -> str | None:
         """What the adapter is besides a change of weights: why it cannot be merged. None for most methods."""
-        if self.delta is not None and not self.delta.linear:
-            return "its modules are not linear"
+        if self.delta is not None and self.delta.beyond is not None:
+            return self.delta.beyond
         return next((patch.kept for patch in self.patches if patch.kept), None)
 
     def check(self, sites: Sequence[Site]) -> None:
@@ -181,8 +182,12 @@ def list_methods() -> list[str]:
 
 
 def describe(name: str) -> Entry:
-    """The registered entry. Raises NoSuchMethod naming the nearest."""
+    """The registered entry, or for `a+b` that of both at once (core/compose.py). Raises NoSuchMethod naming the nearest."""
     _discover()
+    if "+" in name:
+        entries = [describe(part) for part in name.split("+")]
+        papers = ", ".join(dict.fromkeys(entry.paper for entry in entries))
+        return dataclasses.replace(entries[0], name=name, make=composed(entries), paper=papers, kind="composition")
     if name not in _REGISTRY:
         raise NoSuchMethod(f"no method is called {name!r}. {did_you_mean(name, _REGISTRY)}")
     return _REGISTRY[name]

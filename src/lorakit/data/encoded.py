@@ -18,6 +18,8 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+    kind: int | None = None
+    """Which kind of sample it is, where the rows say so."""
 
     @property
     def trained(self) -> int:
@@ -31,6 +33,7 @@ class Labeled:
 
     input_ids: list[int]
     label: int
+    kind: int | None = None
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:

@@ -25,6 +25,8 @@ class Packed:
     input_ids: list[int]
     labels: list[int]
     position_ids: list[int]
+    kinds: list[int] | None = None
+    """Each token's kind of sample, where every document has one."""
 
     @property
     def documents(self) -> int:
@@ -49,7 +51,8 @@ def pack(samples: Sequence[Encoded], length: int) -> list[Packed]:
 
 
 def collate(windows: Sequence[Packed], *, length: int | None = None, pad_id: int = 0) -> dict[str, Any]:
-    """A batch for `model(**batch)`: input_ids, labels, position_ids, each [batch, length], and use_cache=False.
+    """A batch for `model(**batch)`: input_ids, labels, position_ids, each [batch, length], and use_cache=False. Where the samples have
+    kinds, also `kinds` [batch, length], −1 at padding, which is no argument of the model: see train/kinds.py.
 
     Windows are filled up to `length`, by default the longest one's. Each padding token is a document of its own at position 0:
     it attends to itself, so no row of the attention is empty (which gives NaN) and no position leaves a learned table.
@@ -63,7 +66,14 @@ def collate(windows: Sequence[Packed], *, length: int | None = None, pad_id: int
         "labels": filled([w.labels for w in windows], IGNORED, width),
         "position_ids": filled([w.position_ids for w in windows], 0, width),
         "use_cache": False,
+        **kinds_of([w.kinds for w in windows], width),
     }
+
+
+def kinds_of(rows: Sequence[Sequence[int] | None], width: int) -> dict[str, torch.Tensor]:
+    """`kinds` [len(rows), width], −1 at padding; nothing unless every row has them."""
+    known = [row for row in rows if row is not None]
+    return {"kinds": filled(known, -1, width)} if len(known) == len(rows) else {}
 
 
 def filled(rows: Sequence[Sequence[int]], value: int, width: int) -> torch.Tensor:
@@ -81,6 +91,7 @@ def _window(documents: Sequence[Encoded]) -> Packed:
         [token for d in documents for token in d.input_ids],
         [label for d in documents for label in (IGNORED, *d.labels[1:])],
         [position for d in documents for position in range(len(d.input_ids))],
+        None if any(d.kind is None for d in documents) else [d.kind for d in documents for _ in d.input_ids],  # type: ignore[misc]
     )
 
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from lorakit.data.encoded import IGNORED, Encoded, Labeled
-from lorakit.data.pack import filled
+from lorakit.data.pack import filled, kinds_of
 
 
 def pad(samples: Sequence[Encoded] | Sequence[Labeled], pad_id: int) -> dict[str, torch.Tensor]:
     """A batch for `model(**batch)`: input_ids and attention_mask [batch, longest], and labels.
 
     Labels are [batch, longest] with IGNORED where there is padding (for encoder-decoder samples as long as the longest
-    target), or [batch] class numbers for `Labeled` samples.
+    target), or [batch] class numbers for `Labeled` samples. `kinds` as in `collate`.
     """
     ids = [sample.input_ids for sample in samples]
     width = max(map(len, ids))
@@ -20,6 +20,7 @@ def pad(samples: Sequence[Encoded] | Sequence[Labeled], pad_id: int) -> dict[str
         "input_ids": filled(ids, pad_id, width),
         "attention_mask": filled([[1] * len(row) for row in ids], 0, width),
         "labels": _labels(samples),
+        **kinds_of([None if s.kind is None else [s.kind] * len(s.input_ids) for s in samples], width),
     }
 
 

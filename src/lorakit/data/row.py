@@ -4,7 +4,8 @@ text      {"text"}                          continued language modeling
 chat      {"messages": [{"role", "content"}, ..]}
 pair      {"prompt", "completion"}          loss on the completion alone
 classify  {"text", "label"}                 label: a string or an integer
-Other keys may stand beside these; they are kept and ignored.
+Other keys may stand beside these; they are kept and ignored, but for `kind`, an integer from 0 on: which kind of sample the row is, for
+methods that tell kinds apart. It counts where every row has one.
 """
 
 import hashlib
@@ -51,6 +52,12 @@ def check_rows(rows: Iterable[tuple[str, Row]]) -> list[Row]:
         _check_values(row, shape, where)
         checked.append(row)
     return checked
+
+
+def kind_of(row: Row) -> int | None:
+    """The row's kind of sample; None where it names none."""
+    kind = row.get("kind")
+    return kind if type(kind) is int and kind >= 0 else None
 
 
 def data_hash(rows: Iterable[Row]) -> str:

@@ -7,7 +7,7 @@ classify   longer texts lose their end (see `tokenize_classes`)
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Generic, TypeVar
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.core.errors import DataError, did_you_mean
 from lorakit.data.chat import TrainOn, encode_chat
 from lorakit.data.encoded import IGNORED, Encoded, Labeled, encode_pair, encode_text, encode_translation
-from lorakit.data.row import Row, shape_of
+from lorakit.data.row import Row, kind_of, shape_of
 
 Sample = TypeVar("Sample", Encoded, Labeled)
 Label = str | int
@@ -69,6 +69,7 @@ def tokenize_rows(
     else:
         encode = encode_translation if encoder_decoder else encode_pair
         whole = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    whole = [replace(one, kind=kind_of(row)) for one, row in zip(whole, rows, strict=True)]
     return _truncate(whole, max_length, first=0 if encoder_decoder else 1)
 
 
@@ -86,7 +87,7 @@ def tokenize_classes(
         if len(ids) > max_length:
             ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]  # keeps a closing [SEP]
             truncated += 1
-        samples.append(Labeled(list(ids), _number(row["label"], number)))
+        samples.append(Labeled(list(ids), _number(row["label"], number), kind_of(row)))
     return Tokenized(samples, len(rows), truncated=truncated)
 
 
@@ -109,7 +110,7 @@ def _check(rows: Sequence[Row], max_length: int) -> None:
 
 
 def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Tokenized[Encoded]:
-    whole = [encode_text(tokenizer, row["text"]) for row in rows]
+    whole = [replace(encode_text(tokenizer, row["text"]), kind=kind_of(row)) for row in rows]
     kept = _kept(whole, max_length)
     samples = [piece for one in kept for piece in chunks(one, max_length)]
     return Tokenized(samples, len(rows), chunked=sum(len(one.input_ids) > max_length for one in kept), dropped=len(rows) - len(kept))
@@ -121,12 +122,12 @@ def chunks(sample: Encoded, max_length: int) -> list[Encoded]:
     cuts = [*range(0, n, max_length), n]
     if n > max_length and n % max_length == 1:
         cuts[-2] -= 1
-    return [Encoded(sample.input_ids[a:b], sample.labels[a:b]) for a, b in pairwise(cuts)]
+    return [replace(sample, input_ids=sample.input_ids[a:b], labels=sample.labels[a:b]) for a, b in pairwise(cuts)]
 
 
 def _truncate(whole: list[Encoded], max_length: int, *, first: int) -> Tokenized[Encoded]:
     """Cut ends off; `first` is the first label that is predicted: 1 where labels are shifted, 0 for an encoder-decoder."""
-    cut = [Encoded(one.input_ids[:max_length], one.labels[:max_length]) for one in whole]
+    cut = [replace(one, input_ids=one.input_ids[:max_length], labels=one.labels[:max_length]) for one in whole]
     kept = _kept(cut, max_length, first=first)
     longer = sum(max(len(one.input_ids), len(one.labels)) > max_length for one in whole if _learns(one, max_length, first=first))
     return Tokenized(kept, len(whole), truncated=longer, dropped=len(whole) - len(kept))

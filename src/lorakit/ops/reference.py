@@ -41,6 +41,12 @@ def compose(weights: Tensor, indices: Tensor, V: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * F.embedding(indices, V)).sum(-2)
 
 
+def mixture(x: Tensor, g: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """s Σ_i g_i x A_iᵀ B_iᵀ: gates g [.., N], A [N, r, d_in], B [N, d_out, r] -> [.., d_out]."""
+    z = project(x, A.flatten(0, 1)).unflatten(-1, A.shape[:2]) * g.unsqueeze(-1)  # [.., N, r]
+    return expand(z.flatten(-2), B.transpose(0, 1).flatten(1), s)
+
+
 def kronecker(x: Tensor, w1: Tensor, w2: Tensor, s: float) -> Tensor:
     """s x (w1 ⊗ w2)ᵀ for w1 [a1, a2], w2 [b1, b2], the product never formed: [.., a2 b2] -> [.., a1 b1], ids [..] -> [.., a1 b1].
 

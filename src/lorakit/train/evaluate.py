@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorakit.core.errors import DataError
 from lorakit.train.dataset import Batch, Side
 from lorakit.train.distributed import World
+from lorakit.train.kinds import told
 from lorakit.train.metrics import accuracy, bits_per_byte, forward_loss, macro_f1, perplexity
 
 ALONE = World(0, 1, torch.device("cpu"), False)
@@ -43,7 +44,8 @@ def to(batch: Batch, device: torch.device) -> Batch:
 def _texts(model: nn.Module, batches: Iterable[Batch], n_bytes: int, world: World) -> dict[str, float]:
     nats = tokens = 0.0
     for batch in batches:
-        loss, n = forward_loss(model, batch)
+        with told(model, batch) as inputs:
+            loss, n = forward_loss(model, inputs)
         nats, tokens = nats + loss.item(), tokens + n
     nats, tokens = world.total(nats, tokens)
     if not tokens:
@@ -55,7 +57,8 @@ def _classes(model: nn.Module, batches: Iterable[Batch], world: World) -> dict[s
     nats, predicted, truth = 0.0, [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)]
     for batch in batches:
         labels: Any = batch["labels"]
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+        with told(model, batch) as inputs:
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.float()
         nats += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         predicted.append(logits.argmax(-1).cpu())
         truth.append(labels.cpu())

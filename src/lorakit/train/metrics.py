@@ -39,10 +39,11 @@ def forward_scored(model: nn.Module, batch: Mapping[str, Any]) -> Scored:
 
     Args:
         model: a Transformers model, adapted or not; called without labels and without a cache.
-        batch: its keyword tensors and `labels` ([b, t], [b] or [b, classes]).
+        batch: its keyword tensors and `labels` ([b, t], [b] or [b, classes]); `kinds` is left out (train/kinds.py).
     """
     inputs, labels = dict(batch), batch["labels"]
     del inputs["labels"]
+    inputs.pop("kinds", None)  # what the context says, not the model's
     if "use_cache" in _arguments(type(model).forward):
         inputs["use_cache"] = False
     if labels.is_floating_point() or not _predicts_next(model):

@@ -27,6 +27,7 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import TrainData
 from lorakit.train.distributed import World
 from lorakit.train.evaluate import ALONE, evaluate
+from lorakit.train.kinds import told
 from lorakit.train.memory import used_bytes
 from lorakit.train.metrics import forward_scored
 from lorakit.train.report import MetricsLog, Progress
@@ -272,7 +273,7 @@ class Run:
         if silent:
             raise Incompatible(
                 f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): "
-                "their modules never ran; leave them out of sites"
+                "their modules never ran; leave them out of sites (or of unfreeze)"
             )
 
     def _clip(self) -> tuple[float, float]:

@@ -77,7 +77,17 @@ def load_base(
     if spec is None:
         return load_model(name, task=task, dtype=dtype or trained, labels=labels)
     packed_from = (facts.get("quantized") or {}).get("dtype", trained)
-    return quantize(load_model(name, task=task, dtype=packed_from, labels=labels), spec).to(getattr(torch, dtype or trained))
+    model = quantize(load_model(name, task=task, dtype=packed_from, labels=labels), spec)
+    return model if dtype in (None, packed_from) else _cast(model, getattr(torch, dtype))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """To another dtype as if loaded in it: what is no part of a checkpoint (rotary frequencies) keeps its own."""
+    kept = [(module, name, module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set]
+    model.to(dtype)
+    for module, name, tensor in kept:
+        module._buffers[name] = tensor
+    return model
 
 
 @contextmanager

@@ -14,10 +14,14 @@ from lorakit.core.attach import Adapted
 from lorakit.data.packable import check_packing
 from lorakit.parts.patches import prompt
 from lorakit.parts.patches.prompt import Prompt
+from lorakit.train.config import make_config
+from lorakit.train.evaluate import ALONE
 from lorakit.train.metrics import forward_loss
+from lorakit.train.train import build
 from tests.adapters.test_trajectory_peft import STEPS, TOLERANCE, batches
 from tests.adapters.test_trajectory_peft import base as exact_base
 from tests.laws.subject import base, batch, far, same_bits, small, subject
+from tests.train import runs
 
 N = 4
 
@@ -171,6 +175,20 @@ def test_windows_of_several_documents_are_refused_with_the_reason() -> None:
         adapted.model(input_ids=batch(), position_ids=positions, use_cache=False)
     adapted.model(input_ids=batch(), position_ids=torch.arange(7).expand(2, -1), use_cache=False)
     subject("prefix", form="layer").model(input_ids=batch(), position_ids=positions, use_cache=False)
+
+
+def test_the_trainer_pads_unless_packing_was_asked_for(tmp_path: Any) -> None:
+    runs.config(tmp_path)
+    keys = {"method": "prompt_tuning", "tokens": N, "max_train_samples": 8}
+    parts = build(make_config(_plain(tmp_path) | keys), ALONE)
+    assert "packed" not in parts.data.train.account
+    assert "packed" in build(make_config(_plain(tmp_path) | keys | {"method": "prefix"}), ALONE).data.train.account
+    with pytest.raises(DataError, match="in front of one document"):
+        build(make_config(_plain(tmp_path) | keys | {"packing": True}), ALONE)
+
+
+def _plain(folder: Any) -> dict[str, Any]:
+    return {"model": str(folder / "model"), "train_data": str(folder / "data.jsonl"), "output_dir": str(folder / "out"), "max_length": 64}
 
 
 def test_caches_without_room_or_without_the_prompt_are_refused() -> None:

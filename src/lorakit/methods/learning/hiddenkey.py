@@ -15,7 +15,7 @@ References: arXiv:2403.00812; survey 3.3.3.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lorakit.core.context import Cell
 from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.method import Method, get_method, method
 from lorakit.core.shared import Patch
-from lorakit.core.site import Site, Where, sites_of
+from lorakit.core.site import MIXTURES, Kind, Site, Where, sites_of
 from lorakit.parts.objectives.agreement import Agreement
 from lorakit.parts.patches import masks
 from lorakit.parts.patches.attention import AttentionPatch, Call, Onward, Out, attention_paths
@@ -92,6 +92,7 @@ class _Cut:
 class DropSpec:
     """Builds one of the two, by its class."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     kind: type[DropKeys] | type[CutHidden]
     p: float
     requires: frozenset[str] = frozenset()

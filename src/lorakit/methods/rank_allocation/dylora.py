@@ -10,8 +10,7 @@ optimizer state too: momentum and weight decay would move what was not drawn. b 
 its `distribution` is uniform, or geometric with P(b) ∝ (1 − p)^(b − r_min), or as `weights`, one a rank, say. Training masks the rows
 outside b, so that no shape changes and a compiled model is compiled once.
 With `scale` "r" the scale is alpha / r at every b. At alpha / b, the paper's, cutting also rescales what stays, so one pair's cuts cannot
-all be the best of their rank: for ΔW* = diag(σ₁, …) component 1 would have to be b σ₁ / alpha at every b at once. In a trained network the
-others make up for it; on a plain matrix only "r" reaches every optimum.
+all be the best of their rank: for ΔW* = diag(σ₁, …) component 1 would have to be b σ₁ / alpha at every b at once. Under "r" they can.
 Trained: A and B, r (d_in + d_out) a site; shapes, init and export as in `lora`.
 Defaults: r 8, r_min 1, alpha 16, uniform, not frozen; all of them, and p 0.15, from memory.
 References: arXiv:2210.07558; survey 3.2.3, whose "only the b-th row" is the frozen form.

@@ -16,7 +16,7 @@ Defaults: `p_target` 0.5 (official code); `length` 512 ours. References: arXiv:2
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lorakit.core import random
 from lorakit.core.errors import BadParameter
 from lorakit.core.events import Controller, MicroBatches, Run, Step
 from lorakit.core.method import Method, get_method, method
-from lorakit.core.site import Where
+from lorakit.core.site import MIXTURES, Kind, Where
 from lorakit.parts.patches.stopped import Stopped, StoppedSpec
 
 GRID, HIGHEST = 10, 9  # p moves in tenths, up to nine, so that every sublayer goes on learning
@@ -106,6 +106,7 @@ class Drop(Controller):
 class DropSpec:
     """How much of the backward pass is dropped, and whether by sensitivity."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     p_target: float
     length: int = 512
     sensitivity: bool = True

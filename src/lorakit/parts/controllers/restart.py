@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core import random
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.events import Calibrated, Controller, Run, Step
 from lorakit.core.layer import Branch
 from lorakit.core.lowrank import LowRank
@@ -43,6 +43,9 @@ class Restart:
             raise BadParameter(f"prune={self.prune} is not a share; expected 0 <= prune <= 1")
 
     def build(self, run: Run) -> Controller:
+        (name,) = run.adapted.active
+        if run.adapted.methods[name].combine.full_rank():
+            raise Incompatible("a restart moves s·B·A into the weight, and this method rescales the weight: its legs would not add up")
         return _Restart(self, run)
 
 
@@ -68,7 +71,7 @@ class _Restart(Controller):
         lost = max((self._lost(branch) for branch in self._branches()), default=0.0)
         if lost > TINY:
             self.run.adapted.notes.append(
-                f"in training, the base's storage held the {self.legs} legs with a relative error of {lost:.1e}; the adapter has them exactly"
+                f"in training the base's storage held the {self.legs} legs with a relative error of {lost:.1e}; the adapter has them exactly"
             )
         for branch in self._branches():
             branch.expel()

@@ -29,6 +29,7 @@ class Kaiming:
     """A ~ U(±1/√d_in), B = 0 (loralib, PEFT); at an embedding A = 0, B ~ N(0, 1), as both do there, or the reverse where only B learns."""
 
     kinds: ClassVar[frozenset[Kind]] = MIXTURES
+    neutral: ClassVar[bool] = True
     embedding: Literal["A", "B"] = "B"
     requires: frozenset[str] = frozenset({"factors"})
 

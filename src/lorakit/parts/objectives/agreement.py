@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from lorakit.core.attach import Adapted
 from lorakit.core.errors import BadParameter
 from lorakit.core.events import Scored
+from lorakit.core.site import MIXTURES, Kind
 
 
 def divergence(a: Tensor, b: Tensor) -> Tensor:
@@ -25,6 +27,7 @@ def divergence(a: Tensor, b: Tensor) -> Tensor:
 class Agreement:
     """The objective. With weight 0 there is nothing to agree on, and one forward would do: leave it out."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     weight: float
     requires: frozenset[str] = frozenset()
 

@@ -116,7 +116,6 @@ class Flora:
         """Matrices larger than r both ways and at most four times as long as wide, which leaves embeddings out (the official rule)."""
         return len(shape) == 2 and min(shape) > self.r and max(shape) <= 4 * min(shape)
 
-
     def _check(self, name: str, shape: torch.Size) -> None:
         if self.beta1 == 0 or not self.compresses(shape):
             return

@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.core.context import Cell
 from lorakit.core.errors import Incompatible
 from lorakit.core.shared import Patch
-from lorakit.core.site import Site
+from lorakit.core.site import MIXTURES, Kind, Site
 
 
 class Interpolated(Patch):
@@ -50,6 +50,7 @@ class Interpolated(Patch):
 class InterpolatedSpec:
     """For texts of `context` tokens."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     context: int
     name: str = "interpolated"
     requires: frozenset[str] = frozenset()

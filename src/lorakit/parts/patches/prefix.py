@@ -9,13 +9,14 @@ trained numbers in K. Keys that the cache holds are the tokens' own, so decoding
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.context import Cell
 from lorakit.core.errors import BadParameter, Incompatible
-from lorakit.core.site import Site
+from lorakit.core.site import MIXTURES, Kind, Site
 from lorakit.parts.patches import masks
 from lorakit.parts.patches.attention import AttentionPatch, Call, Onward, Out, attention_paths, projections
 from lorakit.parts.patches.prompt import Start
@@ -85,6 +86,7 @@ def recorded(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 class PrefixSpec:
     """n trained positions a layer, started from those of n random words of the vocabulary or from N(0, std²)."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     n: int
     start: Start = "words"
     std: float = 0.02

@@ -10,7 +10,7 @@ first step on. Windows of several documents are refused: one prompt would serve 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.core.context import Cell
 from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.shared import Patch
-from lorakit.core.site import Site
+from lorakit.core.site import MIXTURES, Kind, Site
 
 Start = Literal["words", "normal"]
 Kwargs = dict[str, Any]
@@ -134,6 +134,7 @@ def embeddings_of(model: nn.Module) -> nn.Embedding:
 class PromptSpec:
     """n trained positions, started from the embeddings of random words of the vocabulary or from N(0, std²)."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     n: int
     start: Start = "words"
     std: float = 0.02

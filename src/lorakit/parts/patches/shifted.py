@@ -10,13 +10,14 @@ is the model's, bit for bit.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.context import Cell
 from lorakit.core.errors import BadParameter, Incompatible
-from lorakit.core.site import Site
+from lorakit.core.site import MIXTURES, Kind, Site
 from lorakit.parts.patches import masks
 from lorakit.parts.patches.attention import AttentionPatch, Call, Onward, Out, attention_paths
 
@@ -117,6 +118,7 @@ def _heads(call: Call, half: int, first: bool) -> Call:
 class ShiftedSpec:
     """Groups of `group` tokens, or (0) of a quarter of the text. `wrap`: the released code's eager path, which leaks."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     group: int = 0
     wrap: bool = False
     name: str = "shifted"

@@ -8,7 +8,7 @@ remembered in its context, so that activation checkpointing recomputes the same.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from lorakit.core.context import Cell
 from lorakit.core.errors import Incompatible
 from lorakit.core.generated import generate
 from lorakit.core.shared import Patch
-from lorakit.core.site import ATTENTION, MLP, Site, sites_of
+from lorakit.core.site import ATTENTION, MIXTURES, MLP, Kind, Site, sites_of
 
 OUTPUT = {"o", "down"}
 
@@ -109,6 +109,7 @@ def stopping_class(plain: type[nn.Module]) -> type[nn.Module]:
 class StoppedSpec:
     """The patch of all sublayers; a controller says which."""
 
+    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     name: str = "stopped"
     requires: frozenset[str] = frozenset()
     kept: str | None = None

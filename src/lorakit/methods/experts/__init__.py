@@ -1,0 +1,1 @@
+"""Survey 4.3: mixture of LoRA experts."""
