@@ -241,7 +241,7 @@ def plain(tmp_path):
 
 
 CONFIGS = {
-    "type": ({"peft_type": "VERA"}, lorakit.NotExportable, "peft_type VERA"),
+    "type": ({"peft_type": "OFT"}, lorakit.NotExportable, "peft_type OFT"),
     "niter": ({"init_lora_weights": "pissa_niter_4"}, lorakit.NotExportable, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
     "olora": ({"init_lora_weights": "olora"}, lorakit.NotExportable, "olora"),
     "pissa dora": ({"init_lora_weights": "pissa", "use_dora": True}, lorakit.NotExportable, "PiSSA together with DoRA"),
@@ -293,7 +293,7 @@ TENSORS = {
     "a part of a fused weight": (lambda t: t.update(pair(f"{Q}[q]")), "lacks"),
     "of no meaning": (lambda t: t.update({f"{Q}.extra": torch.ones(1)}), "neither one of peft_type LORA"),
     "of no prefix": (lambda t: t.update({"q_proj.lora_A.weight": torch.ones(1)}), "does not start with"),
-    "misshaped": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 31)}), r"q_proj.A has shape \(4, 31\).*needs \(4, 32\)"),
+    "misshaped": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 31)}), r"q_proj: tensor A has shape \(4, 31\).*needs \(4, 32\)"),
     "not a pair": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 32)}), "do not fit each other"),
     "not finite": (lambda t: t.update({f"{Q}.lora_A.weight": torch.full((4, 32), float("nan"))}), "NaN"),
     "of integers": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}), "expected floating-point"),

@@ -206,6 +206,18 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(same_bits(v, bits[k]) for k, v in everything(model).items())
 
 
+def test_a_compiled_model_is_seen_uncompiled() -> None:
+    """A compiled forward does not call hooks that come later; at a border between tasks the model is compiled."""
+    model, data = base().requires_grad_(False), Calibration(texts(1))
+    sites = select(model, "q_proj")
+    want = observe(model, sites, ALL, data)
+    model.compile(backend="eager")
+    model(input_ids=batch())
+    got, compiled = observe(model, sites, ALL, data), model._compiled_call_impl
+    assert compiled is not None
+    assert all(same_bits(got[name].moment, want[name].moment) and same_bits(got[name].gradient, want[name].gradient) for name in want)
+
+
 def test_what_cannot_be_seen_is_refused() -> None:
     model = base()
     with pytest.raises(BadParameter, match="labels"):

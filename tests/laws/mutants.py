@@ -570,9 +570,9 @@ def _(m: pytest.MonkeyPatch) -> None:
 def _(m: pytest.MonkeyPatch) -> None:
     original = attach_module.adapt
 
-    def adapt(module: nn.Module, slot: Any) -> None:
-        original(module, slot)
-        slot.original = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    def adapt(module: nn.Module, path: str, cell: Any) -> None:
+        original(module, path, cell)
+        module.lora.original = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         module.weight.data.zero_()
 
     m.setattr(attach_module, "adapt", adapt)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lorakit import Adapted, list_methods
-from tests.laws.subject import batch, far, has_dropout, subject
+from tests.laws.subject import batch, far, has_dropout, said, subject
 
 
 def layers(adapted: Adapted) -> list[nn.Module]:
@@ -18,11 +18,12 @@ def layers(adapted: Adapted) -> list[nn.Module]:
 
 def passes(layer: nn.Module, call: nn.Module, adapted: Adapted, steps: int) -> list[Tensor]:
     """Outputs and gradients of some training steps, each under its own key."""
-    found = []
+    found, told = [], said(adapted, layer, batch(rows=3, length=5))
     tensors = [p for p in layer.parameters() if p.requires_grad]
     for i in range(steps):
         x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(i), requires_grad=True)
         with adapted.given(step=i):
+            adapted.context.memo.update(told)
             y = call(x)
         found += [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *tensors])]
     return found
@@ -42,10 +43,12 @@ def check_L11(name: str, *, backend: str = "aot_eager", tolerance: float = 1e-6)
         assert counter.frame_count == 1, f"{counter.frame_count} graphs were compiled for 4 steps"
         assert all(far(c, e) < tolerance for c, e in zip(compiled, eager, strict=True))
         if has_dropout(name):
-            x = torch.ones(3, 5, 32)
+            x, told = torch.ones(3, 5, 32), said(adapted, layer, batch(rows=3, length=5))
             with adapted.given(step=0):
+                adapted.context.memo.update(told)
                 one = layer(x)
             with adapted.given(step=1):
+                adapted.context.memo.update(told)
                 assert not torch.equal(layer(x), one), "the mask does not follow the step"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit import list_methods
 from lorakit.core.layer import Branch
-from tests.laws.subject import attached, awaken, base, has_dropout, small
+from tests.laws.subject import attached, awaken, base, batch, has_dropout, said, small
 
 TOKENS = 1009  # prime, so that what is saved a token is told from what is not by its size
 
@@ -56,6 +56,7 @@ DECLARED: dict[str, Callable[[Branch, bool], int]] = {
     **dict.fromkeys(("adapter_houlsby", "adapter_pfeiffer", "mam_parallel"), module),
     "compacter": hypercomplex,
     "loramoe": mixture,
+    "xlora": mixture,
     "reslora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # a first layer: as LoRA
     "vb_lora": lambda branch, dropout: branch.site.d_in * (1 + dropout) + branch.delta.r,  # as LoRA
 }
@@ -92,6 +93,7 @@ def check_L15(name: str) -> None:
         model.train()
         for branch in adapted.branches():
             x = torch.randn(TOKENS, branch.site.d_in, requires_grad=True)
+            adapted.context.memo.update(said(adapted, branch.host.module, batch(rows=TOKENS, length=1)))
             a_token, once = saved(branch.host.module, x)
             assert a_token <= allowed(name, branch, dropout), (branch.site.name, dropout, a_token)
             rank = branch.delta.bound() if branch.delta.linear else branch.delta.r

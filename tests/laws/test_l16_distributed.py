@@ -16,11 +16,12 @@ from tests.laws.steps import Run
 from tests.laws.subject import batch, far, logits, same_bits, subject
 
 RANKS, STEPS = 2, 3
+UNMASKED = {"keys": 0.0, "hidden": 0.0}  # a mask of a half batch is not the half of the whole batch's
 
 
 def trained(name: str, rank: int | None, *, forget: bool = False) -> dict[str, Tensor]:
     """The first step's gradients and the tensors after three; of one process on whole batches when `rank` is None."""
-    adapted = subject(name, model={"num_hidden_layers": 2})
+    adapted = subject(name, model={"num_hidden_layers": 2}, **UNMASKED)
     gradients: list[Tensor] = []
 
     def reduce(grads: list[Tensor]) -> None:

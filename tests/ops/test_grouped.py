@@ -1,5 +1,6 @@
 """The grouped operation against its definition: values, gradients, second derivatives, memory, compilation, experts without a row."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import reference
-from lorakit.ops.grouped import grouped, grouped_outer
+from lorakit.ops.grouped import _has_kernel, grouped, grouped_outer
 
 ENDS = torch.tensor([3, 3, 4, 9], dtype=torch.int32)  # three rows, none, one, five
 
@@ -83,3 +84,21 @@ def test_it_compiles_whole() -> None:
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for got, want in zip(torch.autograd.grad(compiled(x, W), (x, W)), torch.autograd.grad(loss(x, W), (x, W)), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_torchs_grouped_kernel_means_the_same(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bf16 rows on a GPU go through, here on the CPU."""
+    gen = torch.Generator().manual_seed(0)
+    x, W = torch.randn(9, 16, generator=gen).bfloat16(), torch.randn(4, 8, 16, generator=gen).bfloat16()
+    W = W.mT.contiguous().mT if transposed else W
+    monkeypatch.setattr(sys.modules[_has_kernel.__module__], "_has_kernel", lambda x, W: True)
+    torch.testing.assert_close(grouped(x, W, ENDS), reference.grouped(x, W, ENDS))
+    dy, x = torch.randn(9, 8, generator=gen).bfloat16(), x.requires_grad_()
+    (found,) = torch.autograd.grad(grouped(x, W, ENDS), x, dy)
+    torch.testing.assert_close(found, torch.autograd.grad(reference.grouped(x, W, ENDS), x, dy)[0])
+
+
+def test_the_kernel_is_for_aligned_bf16_rows_on_a_gpu() -> None:
+    x, W = torch.zeros(9, 16, dtype=torch.bfloat16), torch.zeros(4, 8, 16, dtype=torch.bfloat16)
+    assert not _has_kernel(x, W)

@@ -40,7 +40,10 @@ def convert(
 
 
 def _peft(adapter: Adapter, target: str | Path, **options: Any) -> list[str]:
-    return to_peft(adapter, target, **options).lines()
+    lines = to_peft(adapter, target, **options).lines()
+    if adapter.meta.get("quantized") or adapter.method().base is not None:
+        lines.append("trained on a quantized base: load the base so in PEFT too (BitsAndBytesConfig, load_in_4bit), or the start is another one")
+    return lines
 
 
 def _lorakit(adapter: Adapter, target: str | Path, **options: Any) -> list[str]:

@@ -33,9 +33,16 @@ def form_of(adapter: Adapter, *, native: bool, svd_rank: int | None, model: nn.M
     try:
         return plain(adapter, model)
     except NotExportable as error:
+        if not _of_weights(adapter):
+            raise
         if svd_rank is None:
             raise NotExportable(f"{error}; svd_rank=R (--svd-rank R) writes the closest plain LoRA of rank R, and its error") from None
         return closest(adapter, svd_rank, model)
+
+
+def _of_weights(adapter: Adapter) -> bool:
+    """Whether a change of weights is what the adapter is: a low-rank pair could come close to it."""
+    return adapter.method().beyond is None and any(delta.bound() > 0 for delta in adapter.deltas().values())
 
 
 def _own(adapter: Adapter, model: nn.Module | None) -> Form[Any] | None:

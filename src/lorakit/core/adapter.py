@@ -12,7 +12,7 @@ from lorakit.core.combine import AddSpec
 from lorakit.core.delta import Delta, Factors
 from lorakit.core.errors import AdapterMismatch, NotExportable, did_you_mean
 from lorakit.core.method import Method, Recipe, get_method
-from lorakit.core.shared import Shared
+from lorakit.core.shared import Shared, take_shapes
 from lorakit.core.site import ROOT, Site
 
 UNFROZEN = "unfrozen."
@@ -58,10 +58,10 @@ class Adapter:
         rng = random.generator(0, POOL)
         pool = method.delta.pool(self.sites, every=self.sites, rng=rng, dtype=torch.float32, device=at)
         if pool is not None:
-            pool.fit(_shapes(self.shared(POOL)))
+            take_shapes(pool.fit, _shapes(self.shared(POOL)), f"{ROOT}.{POOL}")
         deltas = {s.name: method.delta.build(s, pool=pool, dtype=torch.float32, device=at) for s in self.sites}
         for site in self.sites:
-            deltas[site.name].fit(_shapes(self.of(site)))
+            take_shapes(deltas[site.name].fit, _shapes(self.of(site)), site.name)
         return pool, deltas
 
     def deltas(self) -> dict[str, Delta]:

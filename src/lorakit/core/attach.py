@@ -23,7 +23,7 @@ from lorakit.core.fingerprint import Fingerprint, fingerprint
 from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
 from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
-from lorakit.core.shared import Patch, Shared
+from lorakit.core.shared import Patch, Shared, take_shapes
 from lorakit.core.site import ROOT, Beyond, Site, Where, select, sites_of, strange_stacks
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
 
@@ -216,7 +216,7 @@ class Adapted:
         """Give an adapter's tensors the shapes of `values`, keyed as in Adapter, where its parts allow it. Raises AdapterMismatch."""
         parts: list[tuple[str, Delta | Shared]] = [(b.site.name, b.delta) for b in self.branches(name)]
         for path, part in [*parts, *((f"{ROOT}.{child}", module) for child, module in self.shared(name).items())]:
-            part.fit({k: values[f"{path}.{k}"].shape for k in part.state_dict() if f"{path}.{k}" in values})
+            take_shapes(part.fit, {k: values[f"{path}.{k}"].shape for k in part.state_dict() if f"{path}.{k}" in values}, path)
 
     @torch.no_grad()
     def load_tensors(self, name: str, values: Mapping[str, Tensor]) -> None:
@@ -488,7 +488,6 @@ class Adapted:
                     f"{site.module} shares its weight with another module: the adapter changes this use only, and merging unties the two"
                 )
 
-
     def _note_stacks(self, where: Where | Beyond) -> None:
         """A preset that means every layer says which weights it could not mean."""
         entries = (where,) if isinstance(where, str) else where if isinstance(where, Sequence) else ()
@@ -575,7 +574,7 @@ def _branch(
     assert method.delta is not None
     dtype = torch.promote_types(host.dtype, torch.float32)
     delta = method.delta.build(site, pool=pool, dtype=dtype, device=host.device)
-    delta.fit({k: v.shape for k, v in saved.items()})
+    take_shapes(delta.fit, {k: v.shape for k, v in saved.items()}, site.name)
     shell = Branch(site, host, delta, _Unset())  # type: ignore[arg-type]  # gives the init the base as the site sees it
     if init is not None:
         init(delta, shell.base, site, random.generator(seed, site.name))

@@ -1,7 +1,8 @@
 """Several methods at once: `pissa+loraplus`, `qlora+dora`. The first named leads; each later one brings the parts that are its own.
 
 A part is a method's own when it is not the neutral one: the default of its field in Method or in the delta's spec, or an init that declares
-itself `neutral`. Two different ones of a part cannot be had at once, and the error says which; penalties, controllers, patches and what is trained whole add up.
+itself `neutral`. Two different ones of a part cannot be had at once, and the error says which; penalties, controllers, patches and what is
+trained whole add up.
 Parameters are the union of both signatures, with the first one's defaults, and each goes to all methods that know it.
 """
 
@@ -74,6 +75,8 @@ def _init(mine: Any, theirs: Any, name: str) -> Any:
 
 def _fields(mine: Any, theirs: Any, name: str) -> Any:
     """One frozen value from two of a kind, field by field; fields without a default are the first one's."""
+    if mine is None or theirs is None:  # a method without deltas
+        return mine or theirs
     if type(mine) is not type(theirs):
         if _plain(theirs):
             return mine

@@ -5,7 +5,7 @@ hold unregistered references. In an Adapter their tensors are keyed `shared.<chi
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -38,6 +38,14 @@ def refuse_shapes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
         if name in shapes and tensor.shape != shapes[name]:
             found, needed = tuple(shapes[name]), tuple(tensor.shape)
             raise AdapterMismatch(f"tensor {name} has shape {found}; {type(module).__name__} here needs {needed}")
+
+
+def take_shapes(fit: Callable[[Mapping[str, torch.Size]], None], shapes: Mapping[str, torch.Size], path: str) -> None:
+    """`fit`, a part's own, with the part's path in its refusal."""
+    try:
+        fit(shapes)
+    except AdapterMismatch as error:
+        raise AdapterMismatch(f"{path}: {error}") from None
 
 
 class Patch(Shared):

@@ -2,6 +2,8 @@
 
     kinds [b, t]      each token's kind, −1 at padding
     samples [b, t]    each token's sample, numbered over the batch: a row, or in a packed window a document
+
+A batch whose rows name no kinds leaves the context as it is.
 """
 
 from collections.abc import Iterator, Mapping

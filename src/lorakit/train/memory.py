@@ -401,11 +401,12 @@ class _Ledger(TorchDispatchMode):
         """What a value that nobody computed reads as; None: reading one is an error."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        before, beside = SCRATCH[func](*args, **(kwargs or {})) if func in SCRATCH else (0, 0)
+        self.peak = max(self.peak, self.now + before)
         out = self.call(func, args, kwargs or {})
         for t in _tensors(out):
             self.note(t)
-        if func in SCRATCH:
-            self.peak = max(self.peak, self.now + SCRATCH[func](*args, **(kwargs or {})))
+        self.peak = max(self.peak, self.now + beside)
         return out
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -201,10 +201,11 @@ class Run:
 
         def score(k: int) -> Scored:
             with self.adapted.given(step=number, seed=self.config.seed + (k << 32)):
-                done.append(forward_scored(self.adapted.model, batch))
+                done.append(forward_scored(self.adapted.model, inputs))
             return done[-1]
 
-        loss, n = score(0)[:2] if self.method.objective is None else self.method.objective(score, self.adapted)
+        with told(self.adapted.model, batch) as inputs:
+            loss, n = score(0)[:2] if self.method.objective is None else self.method.objective(score, self.adapted)
         return loss, done[0].loss.detach(), n
 
     @torch.no_grad()

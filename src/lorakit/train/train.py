@@ -3,19 +3,21 @@
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lorakit.core.adapter import Adapter
 from lorakit.core.attach import Adapted, attach
 from lorakit.core.errors import BadParameter, CheckpointError
 from lorakit.core.events import Calibrated
 from lorakit.core.method import Method, get_method
+from lorakit.core.site import select
 from lorakit.data.packable import check_packing, why_not_packable
 from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
@@ -52,30 +54,31 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     found = earlier(out, config, here)
     if found is not None:
         return found
-    parts = build(config, here)
+    state = read_state(checkpoints(out)[-1]) if config.resume and checkpoints(out) else None
+    parts = build(config, here, None if state is None else state["adapter"])
     run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet)
     claim(out, config, here)
-    if config.resume and checkpoints(out):
-        run.load_state(read_state(checkpoints(out)[-1]))
+    if state is not None:
+        run.load_state(state)
     final = run.train()
     return _finish(parts, run, out, final, time.perf_counter() - began)
 
 
-def build(config: TrainConfig, here: World) -> Parts:
-    """Load data, model and tokenizer, and attach the method."""
+def build(config: TrainConfig, here: World, trained: Mapping[str, Tensor] | None = None) -> Parts:
+    """Load data, model and tokenizer, and attach the method. `trained`: the tensors of the run to be resumed."""
     seed_everything(config.seed)
     tasks = read_tasks(config)
     rows = tasks[0]
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
-    model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels).to(here.device)
+    model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     method = with_head(config, model, rows.task)
-    data = make_data(tasks, config, tokenizer, model, method)
     if (spec := NF4Spec() if config.quantize == "nf4" else method.base) is not None:
-        quantize(model, spec)  # before attach, which would keep the original weights
-    shown = calibration(data.train, config, here, method.init.batches) if isinstance(method.init, Calibrated) else None
-    adapted = attach(model, method, seed=config.seed, calibration=shown)
+        quantize(model, spec)  # before attach, which would keep the original weights, and before they need room on the device
+    model = model.to(here.device)
+    data = make_data(tasks, config, tokenizer, model, method)
+    adapted = begin(model, method, data, config, here, trained)
     adapted.meta = describe_run(config, data, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -84,6 +87,20 @@ def build(config: TrainConfig, here: World) -> Parts:
     if config.torch_compile:
         model.compile()
     return Parts(adapted, tokenizer, data, config)
+
+
+def begin(
+    model: nn.Module, method: Method, data: TrainData, config: TrainConfig, here: World, trained: Mapping[str, Tensor] | None
+) -> Adapted:
+    """Attach the method. What started from data is not started again when it is resumed: its sites and shapes are in its tensors."""
+    if not isinstance(method.init, Calibrated):
+        return attach(model, method, seed=config.seed)
+    if trained is None:
+        return attach(model, method, seed=config.seed, calibration=calibration(data.train, config, here, method.init.batches))
+    assert method.recipe is not None
+    owners = {key.rpartition(".")[0] for key in trained}
+    sites = tuple(site for site in select(model, method.sites) if site.name in owners)
+    return Adapted(model, seed=config.seed).add("default", Adapter(method.recipe, sites, trained))
 
 
 def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:

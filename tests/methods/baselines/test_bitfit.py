@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lorakit import NotExportable, NotMergeable, attach, get_method
+from lorakit.adapters.peft import to_peft
 from lorakit.methods.baselines.bitfit import Shifted, ShiftSpec
 from tests.laws.steps import Run
 from tests.laws.subject import awaken, base, batch, everything, far, logits, refusal, same_bits, subject
@@ -77,6 +78,14 @@ def test_a_model_without_biases_gets_them_and_cannot_be_merged():
     assert same_bits(logits(adapted.model, batch()), live)
     with pytest.raises(NotExportable, match="changes more than W"):
         adapted.state().factors()
+
+
+def test_no_export_pretends_to_hold_it(tmp_path):
+    for name in ("bitfit", "adapter_houlsby"):
+        state = subject(name).state()
+        for svd_rank in (None, 4):
+            said = refusal(NotExportable, lambda state=state, rank=svd_rank: to_peft(state, tmp_path, svd_rank=rank))
+            assert "svd_rank" not in said
 
 
 def test_merging_adds_to_the_bias_alone_and_is_undone_exactly():

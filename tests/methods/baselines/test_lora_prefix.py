@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit import Incompatible, NotExportable, NotMergeable, attach, get_method
+from lorakit import Incompatible, NotExportable, NotMergeable, attach
 from lorakit.adapters.peft import to_peft
 from tests.laws.steps import Run
 from tests.laws.subject import base, batch, far, logits, same_bits, small, subject

@@ -104,15 +104,15 @@ def test_an_encoder_decoder_has_it_in_front_of_its_input_and_attends_to_it() -> 
     assert torch.equal(a, b)
 
 
+def without_end(self: Prompt, body: nn.Module, args: Any, output: Any) -> Any:
+    return type(output)(**{**output, "last_hidden_state": output.last_hidden_state[:, : -len(self.P)]})
+
+
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "the mask does not cover the prompt": (
-        prompt, "_covering", lambda mask, total, n: torch.nn.functional.pad(mask, (0, n), value=1),
-    ),
+    "the mask does not cover the prompt": (prompt, "_covering", lambda mask, total, n: torch.nn.functional.pad(mask, (0, n), value=1)),
     "nothing is cut off": (Prompt, "_leave", lambda self, body, args, output: None),
-    "the end is cut off": (
-        Prompt, "_leave", lambda self, body, args, output: type(output)(**{**output, "last_hidden_state": output.last_hidden_state[:, : -len(self.P)]}),
-    ),
-}  # fmt: skip
+    "the end is cut off": (Prompt, "_leave", without_end),
+}
 
 
 @pytest.mark.parametrize("what", MUTANTS)
@@ -217,9 +217,8 @@ def test_continuing_a_conversation_from_its_cache_is_exact() -> None:
     first = adapted.model(input_ids=ids[:, :4], use_cache=True)
     second = adapted.model(input_ids=ids[:, 4:], past_key_values=copy.deepcopy(first.past_key_values))
     assert far(torch.cat([first.logits, second.logits], dim=1), whole) < 1e-6
-    again = adapted.model(
-        input_ids=ids[:, 4:], past_key_values=first.past_key_values, attention_mask=torch.ones(2, 9), position_ids=torch.arange(4, 9).expand(2, -1)
-    )
+    more = {"attention_mask": torch.ones(2, 9), "position_ids": torch.arange(4, 9).expand(2, -1)}
+    again = adapted.model(input_ids=ids[:, 4:], past_key_values=first.past_key_values, **more)
     assert far(again.logits, second.logits) < 1e-9
 
 

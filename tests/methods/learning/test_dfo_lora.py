@@ -39,7 +39,7 @@ def test_no_graph_is_ever_built_and_the_budget_is_exact() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         run.steps(8)
     assert not saved
-    assert calls == 8 * 6
+    assert calls == 8 * 6 + 2, "and the base itself, once a layer"
     assert all(p.tensor.grad is None for p in run.adapted.params())
 
 
@@ -59,6 +59,8 @@ def test_z_zero_is_the_base_and_layers_take_turns() -> None:
     assert same_bits(logits(run.adapted.model.eval(), batch()), want)
     first, second = run.loop.layers  # type: ignore[attr-defined]
     run.step()
+    assert first.loss <= first.start
+    first.set_(np.ones_like(first.best))
     assert all(t.any() for _, _, t in first.tensors)
     assert not any(t.any() for _, _, t in second.tensors)
     for layer in (first, second):
@@ -117,7 +119,7 @@ def test_it_finds_planted_weights_of_rank_one() -> None:
     toy.search()
     best = toy.loop.layers[0].loss
     assert best < 1e-3 * start
-    assert toy.calls == 150 * 12
+    assert toy.calls == 150 * 12 + 1
 
 
 def counts(out: Tensor, toy: Toy) -> Tensor:
@@ -157,6 +159,17 @@ def test_fireworks_find_them_too() -> None:
     start = toy.loss([], Step(0, 1))[0]
     toy.search()
     assert toy.loop.layers[0].loss < 0.05 * start
+
+
+def test_it_never_ends_worse_than_the_base_on_its_own_batch() -> None:
+    """Candidates far off (a large spread) do not displace z = 0."""
+    toy = Toy(squared, 6, spread=100.0)
+    start = toy.loss([], Step(0, 1))[0]
+    toy.search()
+    assert toy.loss([], Step(0, 1))[0] == start
+    free = Toy(squared, 6, spread=100.0, keep="mean")
+    free.search()
+    assert free.loss([], Step(0, 1))[0] > start
 
 
 def test_the_maps_have_the_width_of_the_inputs() -> None:

@@ -72,7 +72,9 @@ def test_mutants_of_the_drop_are_seen(what: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_rate_is_that_asked_for_and_differs_by_layer_head_and_step() -> None:
-    keep = [random.dropout_mask(torch.empty(64, 8, 1, 32), torch.tensor([0, step]), random.stream(f"{layer}.keys"), 0.2) > 0 for step, layer in ((0, 0), (1, 0), (0, 1))]
+    draws = ((0, 0), (1, 0), (0, 1))  # (step, layer)
+    like = torch.empty(64, 8, 1, 32)
+    keep = [random.dropout_mask(like, torch.tensor([0, step]), random.stream(f"{layer}.keys"), 0.2) > 0 for step, layer in draws]
     assert all(abs(1 - k.double().mean() - 0.2) < 0.01 for k in keep)
     assert not torch.equal(keep[0], keep[1])
     assert not torch.equal(keep[0], keep[2])
@@ -104,7 +106,8 @@ def test_a_query_left_without_keys_keeps_those_of_the_mask() -> None:
 
 
 def test_hidden_units_are_cut_before_the_down_projection_and_keep_their_mean() -> None:
-    for arch, path in (("llama", "model.layers.0.mlp.down_proj"), ("gpt2", "transformer.h.1.mlp.c_proj"), ("bert", "bert.encoder.layer.0.output.dense")):
+    downs = {"llama": "model.layers.0.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj", "bert": "bert.encoder.layer.0.output.dense"}
+    for arch, path in downs.items():
         adapted = subject("hiddenkey", arch, keys=0.0, hidden=0.25, sites="attention")
         module, seen = adapted.model.get_submodule(path), list[Tensor]()
         module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0].detach()))
@@ -160,19 +163,11 @@ def test_both_passes_have_masks_of_their_own_and_gradients() -> None:
     assert not torch.equal(one, two)
     assert divergence(one[0], two[0]) > 0
     assert all(z.grad.abs().max() > 0 for z in seen)
-    with pytest.raises(AssertionError), pytest.MonkeyPatch.context() as m:  # a mutant: both passes under one key
-        m.setattr("tests.laws.steps.Run._loss", lambda self, batch, info: _same_key(self, batch, info, seen))
-        seen.clear()
-        run.gradients(next(run.stream()), Step(0, 4))
-        assert divergence(seen[0][0], seen[1][0]) > 0
-
-
-def _same_key(run: Run, batch: Any, info: Step, seen: list[Tensor]) -> tuple[Tensor, float]:
-    ids = batch["input_ids"]
-    for _ in range(2):
-        with run.adapted.given(step=info.index, seed=0):
-            seen.append(run.adapted.model(input_ids=ids).logits)
-    return seen[0].square().mean(), 0.0
+    same: list[Tensor] = []
+    for _ in range(2):  # what passes under one key would give: nothing to agree on
+        with adapted.given(step=0, seed=0):
+            same.append(adapted.model(input_ids=batch()).logits)
+    assert divergence(same[0][0], same[1][0]) == 0
 
 
 def test_the_half_without_the_divergence_is_one_pass() -> None:
@@ -224,13 +219,8 @@ def fitted(name: str, seed: int, *, steps: int, flip: float, **kwargs: Any) -> t
 
 @pytest.mark.slow
 def test_label_noise_hurts_it_less_than_lora_and_a_short_clean_run_more() -> None:
-    wins = 0
-    for seed in range(5):
-        (_, lora), (_, ours) = fitted("lora", seed, steps=60, flip=0.3), fitted("hiddenkey", seed, steps=60, flip=0.3, keys=0.2, hidden=0.2, kl=1.0)
-        wins += ours < lora
-    assert wins >= 4
-    worse = 0
-    for seed in range(5):
-        (lora, _), (ours, _) = fitted("lora", seed, steps=8, flip=0.0), fitted("hiddenkey", seed, steps=8, flip=0.0, keys=0.2, hidden=0.2, kl=1.0)
-        worse += ours > lora
-    assert worse >= 4, "what regularizes fits more slowly"
+    drop = {"keys": 0.2, "hidden": 0.2, "kl": 1.0}
+    noisy_runs = [[fitted(name, seed, steps=60, flip=0.3, **drop)[1] for name in ("hiddenkey", "lora")] for seed in range(5)]
+    assert sum(ours < lora for ours, lora in noisy_runs) >= 4, noisy_runs
+    short_runs = [[fitted(name, seed, steps=8, flip=0.0, **drop)[0] for name in ("hiddenkey", "lora")] for seed in range(5)]
+    assert sum(ours > lora for ours, lora in short_runs) >= 4, "what regularizes fits more slowly"

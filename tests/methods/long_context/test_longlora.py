@@ -62,7 +62,10 @@ def check_pattern(**shape: int) -> None:
         assert far(got[real], exact[real]) < 1e-10
 
 
-@pytest.mark.parametrize("shape", [{}, {"t": 16}, {"t": 3}, {"t": 5}, {"heads": 4, "kv": 4}, {"kv": 1}, {"heads": 5, "kv": 5}, {"heads": 6, "kv": 3}])
+SHAPES = [{}, {"t": 16}, {"t": 3}, {"t": 5}, {"heads": 4, "kv": 4}, {"kv": 1}, {"heads": 5, "kv": 5}, {"heads": 6, "kv": 3}]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_each_head_sees_its_group(shape: dict[str, int]) -> None:
     check_pattern(**shape)
 
@@ -178,7 +181,8 @@ def test_the_leaking_path_is_the_released_eager_one() -> None:
     got, _ = patch(g, wrap=True).attend(one, reference, 0)
     outs = []
     for half in (False, True):
-        q, k, v = (x.repeat_interleave(4 // x.shape[1], dim=1)[:, 2 * half : 2 * half + 2].roll(-half * g // 2, dims=2) for x in (one.query, one.key, one.value))
+        whole = [x.repeat_interleave(4 // x.shape[1], dim=1)[:, 2 * half : 2 * half + 2] for x in (one.query, one.key, one.value)]
+        q, k, v = (x.roll(-half * g // 2, dims=2) for x in whole)
         blocks = [reference(Call(one.module, *(x[:, :, s : s + g] for x in (q, k, v)), None, True, {}))[0] for s in range(0, t, g)]
         outs.append(torch.cat(blocks, dim=1).roll(half * g // 2, dims=1))
     assert far(got, torch.cat(outs, dim=2)) < 1e-10
@@ -211,8 +215,8 @@ def test_eval_is_full_attention_bit_for_bit(arch: str) -> None:
     trained = subject("longlora", arch)
     lora.load_tensors("default", trained.tensors("default"))
     assert same_bits(logits(trained.model, ids), logits(lora.model, ids))
-    generated = [m.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (trained, lora)]
-    assert torch.equal(*generated)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(trained.model.generate(ids, **options), lora.model.generate(ids, **options))
     assert far(train_logits(trained.model, ids), logits(lora.model, ids)) > 1e-3, "and training is not"
 
 
@@ -233,13 +237,14 @@ def test_what_is_trained_is_lora_on_attention_and_every_embedding_and_norm(arch:
         if isinstance(m, nn.Embedding) or "norm" in type(m).__name__.lower()
     }  # fmt: skip
     assert whole == want
-    assert {name for name in names if ".lora." in name} == {f"{b.site.module}.lora.branches.default.delta.{k}" for b in adapted.branches() for k in "AB"}
+    deltas = {f"{b.site.module}.lora.branches.default.delta.{k}" for b in adapted.branches() for k in "AB"}
+    assert names - whole == deltas
     assert not subject("longlora", arch, whole=False).unfrozen["default"]
 
 
 def test_a_longer_context_interpolates_positions_and_leaves_no_trace(tmp_path: Any) -> None:
     model = base()
-    before, config = {n: b for n, b in model.named_buffers()}, model.config.to_dict()
+    before, config = dict(model.named_buffers()), model.config.to_dict()
     adapted = attach(model, get_method("longlora", r=4, context=700))
     linear = base(rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0})  # ⌈700 / 256⌉
     assert far(logits(model, batch()), logits(linear, batch())) < 1e-6

@@ -236,7 +236,7 @@ def test_sets_follow_from_seed_and_step_and_drop_enough() -> None:
 
 
 def test_a_mutant_without_topping_up_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.methods.reduction.test_dropbp.drawn", lambda rates, flops, p, rng: torch.rand(6, dtype=torch.float64, generator=rng) < rates)
+    monkeypatch.setitem(globals(), "drawn", lambda rates, flops, p, rng: torch.rand(6, dtype=torch.float64, generator=rng) < rates)
     with pytest.raises(AssertionError):
         check_draws(torch.full((6,), 0.5, dtype=torch.float64), 0.5)
 

@@ -17,7 +17,7 @@ from lorakit.core.layer import Branch
 from lorakit.data.tiny import ARCHITECTURES, tiny_model
 from lorakit.parts.bases.nf4_base import NF4, NF4Spec
 from lorakit.parts.bases.quantize import stored_as
-from lorakit.train.memory import weight_bytes
+from lorakit.train.memory import estimate, measure, weight_bytes
 from tests.laws.subject import awaken, batch, is_encoder_decoder, logits, loss_of, same_bits
 
 
@@ -187,8 +187,6 @@ def test_unfreezing_packed_codes_is_refused_and_biases_can_learn() -> None:
 
 
 def test_a_model_without_values_can_be_planned_with() -> None:
-    from lorakit.train.memory import estimate
-
     with torch.device("meta"):
         model = tiny_model("llama", hidden_size=128, intermediate_size=512)
     attach(quantize(model), get_method("lora", r=2))
@@ -199,6 +197,18 @@ def test_a_model_without_values_can_be_planned_with() -> None:
     planned, found = (estimate(m.train(), inputs, optimizer="adamw") for m in (model, real))
     assert planned.activations == found.activations
     assert planned.weights == pytest.approx(found.weights, rel=2e-3)  # a storage that the model shares on meta
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_the_estimate_of_a_step_s_memory_is_what_is_measured(name: str) -> None:
+    model = quantize(tiny_model("llama", hidden_size=256, intermediate_size=1024))
+    attach(model, get_method(name, r=4))
+    ids = torch.arange(128).view(2, 64)
+    inputs = {"input_ids": ids, "labels": ids}
+    planned, found = (how(model.train(), inputs, optimizer="adamw") for how in (estimate, measure))
+    assert planned.weights == found.weights
+    assert planned.activations == pytest.approx(found.activations, rel=1e-3)
 
 
 def test_transformers_trainer_takes_it(tmp_path: Path) -> None:

@@ -150,10 +150,14 @@ def test_a_mutant_that_forgets_that_no_mask_may_mean_causal_is_seen(monkeypatch:
     monkeypatch.setattr(attention.Call, "explicit", lambda self: self.mask)
     with pytest.raises(AssertionError):
         test_a_patch_that_changes_nothing_changes_no_bit_and_an_explicit_mask_no_digit("llama", "sdpa")
-    monkeypatch.undo()
-    monkeypatch.setattr(masks, "additive", lambda mask, dtype: mask)
-    with pytest.raises(Exception):  # noqa: B017  # a bool added to scores: wrong numbers, or a complaint of torch
-        patch = Through(base("llama", attn_implementation="eager"))
-        patch.install()
-        monkeypatch.setattr(Through, "attend", lambda self, call, onward, at: onward(call.masked(masks.visible(call.mask))))
-        assert far(out(patch.modules_of[0]), out(base("llama", attn_implementation="eager"))) < 1e-5
+
+
+def test_eager_attention_takes_bool_masks_of_patches_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base("llama", attn_implementation="eager")
+    want = out(model)
+    patch = Through(model)
+    patch.install()
+    monkeypatch.setattr(Through, "attend", lambda self, call, onward, at: onward(call.masked(masks.visible(call.mask))))
+    assert far(out(model), want) < 1e-5
+    monkeypatch.setattr(masks, "additive", lambda mask, dtype: mask)  # a mutant: a bool is added to the scores
+    assert far(out(model), want) > 1e-3

@@ -23,7 +23,8 @@ def test_each_function_keeps_the_form_and_means_the_same(form: int) -> None:
     seen = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.6
     more = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)) < 0.6
     mask = both(seen)[form]
-    for out, want in ((restricted(mask, more), seen & more), (lengthened(mask, 2), torch.cat([torch.ones(2, 1, 4, 2).bool(), seen], dim=3))):
+    longer = torch.cat([torch.ones(2, 1, 4, 2).bool(), seen], dim=3)
+    for out, want in ((restricted(mask, more), seen & more), (lengthened(mask, 2), longer)):
         assert out is not None
         assert out.dtype == mask.dtype
         assert torch.equal(visible(out), want)

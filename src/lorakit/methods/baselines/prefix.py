@@ -4,13 +4,14 @@
     form="embedding"    h₀ = [P; E(x)]                       P: tokens × d; the LoRA paper's PreEmbed
 
 The layer form trains keys and values as such (2101.00190's P_θ without its reparametrizing MLP). The LoRA paper's PreLayer trains the
-activations instead, from which W_k and W_v make them: half as many numbers where d_k = d, the same reach. The `tokens` are prefix tokens; the
-LoRA paper's infix tokens are not here. Positions of the text stay as they are in the layer form and begin at `tokens` in the embedding form.
-Trained: layer, Σ_l tokens (d_k + d_v); embedding, tokens · d. Never merged: the trained positions stay beside the weights.
-The trained positions learn `ratio` times faster than the run's rate says: they have the size of activations, not of weights.
+activations instead, from which W_k and W_v make them: half as many numbers where d_k = d, the same reach. The `tokens` are prefix tokens;
+the LoRA paper's infix tokens are not here. Positions of the text stay as they are in the layer form and begin at `tokens` in the embedding
+form.
+Trained: layer, Σ_l tokens (d_k + d_v); embedding, tokens · d. Never merged: the trained positions stay beside the weights. The trained
+positions learn `ratio` times faster than the run's rate says: they have the size of activations, not of weights.
 Defaults: `tokens` 20, between the paper's 10 (table to text) and 200 (summarization); `start` "words", from the keys and values (or
-embeddings) of random words of the vocabulary, the paper's advice for little data; "normal" is N(0, `std`²), std 0.02 our choice. `ratio` 100 is ours, too: measured on the bundled base, where
-rates of 0.02 to 0.1 serve best.
+embeddings) of random words of the vocabulary, the paper's advice for little data; "normal" is N(0, `std`²), std 0.02 our choice. `ratio`
+100 is ours, too: measured on the bundled base, where rates of 0.02 to 0.1 serve best.
 References: arXiv:2101.00190; the LoRA paper (arXiv:2106.09685) section 5.1; survey 1.
 """
 
@@ -22,7 +23,7 @@ from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.parts.patches.prefix import PrefixSpec
 from lorakit.parts.patches.prompt import PromptSpec, Start
 
-FORMS = {"layer": PrefixSpec, "embedding": PromptSpec}
+FORMS: dict[str, type[PrefixSpec] | type[PromptSpec]] = {"layer": PrefixSpec, "embedding": PromptSpec}
 
 
 @method("prefix", paper="arXiv:2101.00190", survey="1", kind="patch")

@@ -3,8 +3,9 @@
     h₀ = [P; E(x)]        P: tokens × d
 
 Trained: P, tokens · d. It is prefix tuning's embedding form; in an encoder-decoder the prompt stands in front of the encoder's input.
-Defaults: `tokens` 20, beyond which the paper finds little gain (its own default is 100); `ratio` 100 times the run's learning rate (ours; the paper's rate is 0.3, with Adafactor);
-`start` "words", the embeddings of random words of the vocabulary (the paper draws from the 5000 most frequent); "normal" is N(0, `std`²).
+Defaults: `tokens` 20, beyond which the paper finds little gain (its own default is 100); `ratio` 100 times the run's learning rate (ours;
+the paper's rate is 0.3, with Adafactor); `start` "words", the embeddings of random words of the vocabulary (the paper draws from the 5000
+most frequent); "normal" is N(0, `std`²).
 References: arXiv:2104.08691; survey 1.
 """
 

@@ -38,6 +38,11 @@ class CoUpdated(Delta):
 
     provides = frozenset({"factors", "snapshot"})
     trains = frozenset({"A", "B"})
+    A: nn.Parameter
+    B: nn.Parameter
+    A_K: Tensor
+    B_K: Tensor
+    lam: Tensor
 
     def __init__(self, site: Site, rank: Rank, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

@@ -4,9 +4,9 @@
 
 Each layer has a search of its own (`algorithm`: CMA-ES or fireworks) in `d` dimensions, mean 0, step size `sigma`. A step takes the next
 layer, asks for `population` candidates z_l, computes the training loss of each on the step's batch with all other layers at their best,
-tells, and sets the layer to its best so far (`keep="best"`), or to where the search stands (`keep="mean"`, for batches that differ from
-step to step: then losses of different steps do not compare). So a run of n steps costs n · population forwards and no backward; memory
-is inference's.
+tells, and sets the layer to its best so far, z = 0 included (`keep="best"`), or to where the search stands (`keep="mean"`, for batches
+that differ from step to step: then losses of different steps do not compare). So a run of n steps costs n · population forwards, one more
+for each layer, and no backward; memory is inference's.
 R ~ N(0, std²), std = `spread` · h / (√d σ), h the standard deviation of the site's input after five rounds of clipping at 3 std. Both A and
 B are linear in z, so ΔW is quadratic; z = 0 is the base. The official code leaves most B projections at another init; here all are alike.
 The adapter is plain LoRA: A and B, r (d_in + d_out) a site. The optimizer, its schedule and its rate are not used.
@@ -69,6 +69,7 @@ class Layer:
             for b, n, t in self.tensors
         ]
         self.best, self.loss, self.told = np.zeros(d), math.inf, list[list[float]]()
+        self.start = math.inf
 
     @torch.no_grad()
     def set_(self, z: Vector) -> None:
@@ -101,6 +102,9 @@ class AskTell(Loop):
     def step(self, info: Step) -> tuple[float, int]:
         self.run.adapted.model.eval()
         layer, batches = self.layers[info.index % len(self.layers)], next(self.data)
+        if not layer.told:  # the base's own loss is the one to beat
+            nats, n = self._loss(layer, layer.best, batches, info)
+            layer.loss = layer.start = nats / max(1, n)
         candidates = layer.search.ask()
         found = [self._loss(layer, z, batches, info) for z in candidates]
         losses = [nats / max(1, n) for nats, n in found]
@@ -113,10 +117,11 @@ class AskTell(Loop):
         return self.run.loss(batches, info)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"told": [layer.told for layer in self.layers]}
+        return {"told": [layer.told for layer in self.layers], "start": [layer.start for layer in self.layers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for layer, told in zip(self.layers, state["told"], strict=True):
+        for layer, told, start in zip(self.layers, state["told"], state["start"], strict=True):
+            layer.loss = layer.start = start
             for losses in told:
                 layer.tell(layer.search.ask(), losses)
 

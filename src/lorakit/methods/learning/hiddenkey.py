@@ -1,21 +1,21 @@
 """HiddenKey: dropout where LoRA overfits: keys in attention, the hidden units of the MLP, and two passes that must agree.
 
-    scores[b, h, :, j] = −∞ with probability `keys`, for all queries of a head at once           (column-wise DropKey, before the softmax)
-    h ← h ∘ m / (1 − `hidden`), m ~ Bernoulli(1 − `hidden`) element by element                    (HiddenCut, h: input of the down projection)
-    L = ½ (CE₁ + CE₂) + `kl` · ½ [KL(p₁‖p₂) + KL(p₂‖p₁)]                                          (two forwards under different masks)
+    scores[b, h, :, j] = −∞ with probability `keys`, for all queries of a head at once        (column-wise DropKey, before the softmax)
+    h ← h ∘ m / (1 − `hidden`), m ~ Bernoulli(1 − `hidden`) element by element                 (HiddenCut, what enters the down projection)
+    L = ½ (CE₁ + CE₂) + `kl` · ½ [KL(p₁‖p₂) + KL(p₂‖p₁)]                                       (two forwards under different masks)
 
-Attention is renormalized by its softmax over the keys that are left: weights still sum to one. A query that would lose every key keeps them all
-(the first tokens of a causal text see few). Masks follow from (seed, step, site). In eval mode the model is plain LoRA.
-`kl=0` is the paper's HiddenKey without the KL term: one forward, half the cost.
+Attention is renormalized by its softmax over the keys that are left: weights still sum to one. A query that would lose every key keeps
+them all (the first tokens of a causal text see few). Masks follow from (seed, step, site). In eval mode the model is plain LoRA. `kl=0` is
+the paper's HiddenKey without the KL term: one forward, half the cost.
 Trained: A and B, as in `lora`. Checkpoint: plain LoRA. Needs attention by sdpa or eager.
-Defaults: `keys` and `hidden` 0.1, `kl` 1: our reading, the paper tunes all three for each task (rates from 0.01 to 0.2). That a key is dropped for
-one head, not for all, and that terms are weighted so, is our reading, too; no public reference implementation was found.
+Defaults: `keys` and `hidden` 0.1, `kl` 1: our reading, the paper tunes all three for each task (rates from 0.01 to 0.2). That a key is
+dropped for one head, not for all, and that terms are weighted so, is our reading, too; no public reference implementation was found.
 References: arXiv:2403.00812; survey 3.3.3.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lorakit.core.context import Cell
 from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.method import Method, get_method, method
 from lorakit.core.shared import Patch
-from lorakit.core.site import MIXTURES, Kind, Site, Where, sites_of
+from lorakit.core.site import MIXTURES, MODULES, Kind, Site, Where, sites_of
 from lorakit.parts.objectives.agreement import Agreement
 from lorakit.parts.patches import masks
 from lorakit.parts.patches.attention import AttentionPatch, Call, Onward, Out, attention_paths
@@ -92,7 +92,6 @@ class _Cut:
 class DropSpec:
     """Builds one of the two, by its class."""
 
-    kinds: ClassVar[frozenset[Kind]] = MIXTURES
     kind: type[DropKeys] | type[CutHidden]
     p: float
     requires: frozenset[str] = frozenset()
@@ -101,6 +100,10 @@ class DropSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
             raise BadParameter(f"{self.name}: a rate of {self.p} is not a probability; expected 0 <= rate < 1")
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return MIXTURES if self.kind is DropKeys else MODULES
 
     @property
     def name(self) -> str:

@@ -2,13 +2,17 @@
 
     x + f(x)  →  x + stop_gradient(f(x))        with probability p_l in training, sublayer l; no rescaling, the forward keeps its bits
 
-Each step draws its set once: Bernoulli(p_l), then topped up, highest p_l first, until at least `p_target` of the FLOPs is dropped. It is a pure
-function of (seed, step), the same for all micro-batches and processes. A dropped adapter has no gradient and the optimizer passes over it.
-A step that dropped everything updates nothing; the first one drops nothing, so that the run can check there that every adapter is reached.
-At 10 % of the run one batch measures S_l = Σ_params (‖g‖₂ − ‖g without l‖₂)². From p = 0 on, the sublayer with the smallest S_l · p gets 0.1
-more, up to 0.9, again and again, until Σ FLOPs_l (1 − p_l) ≤ (1 − p_target) Σ FLOPs_l; before, p_l = p_target. `sensitivity=False` keeps it so.
-FLOPs of a token: 2 for each weight, and 4 d · `length` in attention, for texts of that many tokens (8 d² + 4 d · length and 16 d² in the paper).
-Trained: LoRA's A and B. Checkpoint: plain LoRA. Any other method has it by `.but(patches=(StoppedSpec(),), controllers=(DropSpec(p_target),))`.
+Each step draws its set once: Bernoulli(p_l), then topped up, highest p_l first, until at least `p_target` of the FLOPs is dropped. It is a
+pure function of (seed, step), the same for all micro-batches and processes. A dropped adapter has no gradient and the optimizer passes
+over it. A step that dropped everything updates nothing; the first one drops nothing, so that the run can check there that every adapter is
+reached.
+At 10 % of the run one batch measures S_l = Σ_params (‖g‖₂ − ‖g without l‖₂)². From p = 0 on, the sublayer with the smallest S_l · p gets
+0.1 more, up to 0.9, again and again, until Σ FLOPs_l (1 − p_l) ≤ (1 − p_target) Σ FLOPs_l; before, p_l = p_target. `sensitivity=False`
+keeps it so.
+FLOPs of a token: 2 for each weight, and 4 d · `length` in attention, for texts of that many tokens (8 d² + 4 d · length and 16 d² in the
+paper).
+Trained: LoRA's A and B. Checkpoint: plain LoRA. Any other method has it by `.but(patches=(StoppedSpec(),),
+controllers=(DropSpec(p_target),))`.
 A compiled model has one graph for each set that it meets: leave compilation off.
 Defaults: `p_target` 0.5 (official code); `length` 512 ours. References: arXiv:2402.17812; survey 5.1.1.
 """

@@ -93,18 +93,23 @@ def matmul_scratch(
     dtype: torch.dtype,
     blocksize: int,
     transposed: bool,
-) -> int:
-    """Bytes that `nf4_matmul` holds for a moment besides its arguments and result: a tile, and of several the tile's part of the result."""
+) -> tuple[int, int]:
+    """Bytes that `nf4_matmul` holds for a moment besides its arguments: before there is a result, and beside the result."""
     tiles = Layout(d_out, d_in, dtype, blocksize, nested is not None).tiles(x.device)
-    rows = max(b - a for a, b in tiles)
-    wide = 0 if x.dtype == dtype else rows * d_in * x.element_size()
-    part = 0 if len(tiles) == 1 else math.prod(x.shape[:-1]) * (d_in if transposed else rows) * x.element_size()
-    return max(_decoding(rows * d_in, dtype), rows * d_in * dtype.itemsize + wide) + part
+    rows, tokens, size = max(b - a for a, b in tiles), math.prod(x.shape[:-1]), x.element_size()
+    tile = rows * d_in * (dtype.itemsize + (0 if x.dtype == dtype else size))
+    if len(tiles) == 1:
+        return max(_decoding(rows * d_in, dtype), tile), tile
+    part = tokens * (d_in if transposed else rows) * size
+    total = tokens * d_in * 4 if transposed and size < 4 else 0
+    return 0, total + max(_decoding(rows * d_in, dtype), tile + part)
 
 
-def dense_scratch(codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, dtype: torch.dtype, blocksize: int) -> int:
+def dense_scratch(
+    codes: Tensor, scales: Tensor, nested: Tensor | None, d_out: int, d_in: int, dtype: torch.dtype, blocksize: int
+) -> tuple[int, int]:
     """The same of `nf4_dense`."""
-    return _decoding(d_out * d_in, dtype) - d_out * d_in * dtype.itemsize
+    return _decoding(d_out * d_in, dtype), 0
 
 
 def _decoding(n: int, dtype: torch.dtype) -> int:
@@ -112,7 +117,7 @@ def _decoding(n: int, dtype: torch.dtype) -> int:
     return n * (4 + max(2, 0 if dtype == torch.float32 else dtype.itemsize))
 
 
-SCRATCH: dict[Any, Callable[..., int]] = {
+SCRATCH: dict[Any, Callable[..., tuple[int, int]]] = {
     torch.ops.lorakit.nf4_matmul.default: matmul_scratch,
     torch.ops.lorakit.nf4_dense.default: dense_scratch,
 }

@@ -36,6 +36,8 @@ OFFSET = 0.9677083
 """The last probability of the grid: 1 − (1/32 + 1/30) / 2."""
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+CHUNK = 2**20
+"""Entries that are quantized at a time, whole blocks of any size: what they need for a moment stays small."""
 TINY = 1e-38
 """Stands in for the scale of a block of zeros."""
 
@@ -52,13 +54,19 @@ def normal_float(bits: int) -> Tensor:
 def quantize(x: Tensor, *, blocksize: int = 64, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(codes uint8 [n], scales fp32 [⌈n / blocksize⌉]) of a tensor of n entries, flat. Raises BadParameter for NaN and infinity."""
     levels = torch.tensor(LEVELS, device=x.device) if levels is None else levels.to(x.device)
-    blocks = _blocks(x.detach().reshape(-1).to(torch.float32), blocksize)
-    scales = blocks.abs().amax(1)
+    parts = [_quantize(part, blocksize, levels) for part in x.detach().reshape(-1).split(CHUNK)]
+    codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     if not torch.isfinite(scales).all():
         raise BadParameter(f"a weight of shape {tuple(x.shape)} holds NaN or infinite values and cannot be quantized")
+    return codes, scales
+
+
+def _quantize(flat: Tensor, blocksize: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(flat.to(torch.float32), blocksize)
+    scales = blocks.abs().amax(1)
     unit = (blocks * (1 / scales.clamp_min(TINY))[:, None]).clamp_(-1, 1)
     codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2, out_int32=True)
-    return codes.to(torch.uint8).view(-1)[: x.numel()], scales
+    return codes.to(torch.uint8).view(-1)[: len(flat)], scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, blocksize: int = 64, levels: Tensor | None = None) -> Tensor:

@@ -39,7 +39,7 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(codes uint8 [b], nested scales fp32 [⌈b / 256⌉], offset fp32 []) of b scales."""
-    offset = scales.mean()
+    offset = scales.cpu().mean().to(scales.device)  # in one order of summation, so that every device gives the same bits
     blocks = torch.nn.functional.pad(scales - offset, (0, -len(scales) % BLOCK)).view(-1, BLOCK)
     nested = blocks.abs().amax(1)
     table = dynamic_map(scales.device)

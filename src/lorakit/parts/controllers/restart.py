@@ -71,7 +71,7 @@ class _Restart(Controller):
         lost = max((self._lost(branch) for branch in self._branches()), default=0.0)
         if lost > TINY:
             self.run.adapted.notes.append(
-                f"in training the base's storage held the {self.legs} legs with a relative error of {lost:.1e}; the adapter has them exactly"
+                f"in training the base's storage held {self.legs} legs with a relative error of {lost:.1e}; the adapter has them exactly"
             )
         for branch in self._branches():
             branch.expel()

@@ -1,6 +1,8 @@
 """Two stochastic forwards of one micro-batch, which are to agree (R-Drop's bidirectional divergence).
 
-    L = ½ (CE₁ + CE₂) + weight · ½ Σ_targets [KL(p₁‖p₂) + KL(p₂‖p₁)]        p_i: softmax of the i-th forward's logits, under masks of its own
+    L = ½ (CE₁ + CE₂) + weight · ½ Σ_targets [KL(p₁‖p₂) + KL(p₂‖p₁)]
+
+p_i is the softmax of the i-th forward's logits, each under masks of its own.
 """
 
 from collections.abc import Callable

@@ -4,8 +4,9 @@
 
 An attention module asks its own `config` which function computes this. While a patch is in force the module has a copy of its config that
 names `attend` below; the model's config, from which the masks are made, stays as it was, and so do the masks. `attend` hands the call
-through the module's patches to the function that it would have called. So the patches of several adapters add up, grouped-query heads, caches
-and padding need no code here, and nothing of Transformers is overwritten. sdpa and eager are supported: the others get no explicit mask.
+through the module's patches to the function that it would have called. So the patches of several adapters add up, grouped-query heads,
+caches and padding need no code here, and nothing of Transformers is overwritten. sdpa and eager are supported: the others get no explicit
+mask.
 """
 
 import copy
@@ -128,7 +129,13 @@ def check(module: nn.Module, path: str) -> None:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool | None = None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    **options: Any,
 ) -> Out:
     """The attention function that a diverted module finds in the interface."""
     around: Around = module.__dict__["lora_attention"]
@@ -158,7 +165,7 @@ def plain(call: Call) -> Out:
 
 def _divert(module: nn.Module) -> Around:
     around = Around(module.config, [])
-    own = copy.copy(module.config)
+    own: Any = copy.copy(module.config)
     own._attn_implementation_internal = NAME  # the property's setter would reach the configs inside, which are shared
     module.config = own
     module.__dict__["lora_attention"] = around

@@ -1,6 +1,8 @@
 """Rotary positions squeezed into the range that the base was trained on (position interpolation).
 
-    θ_i ← θ_i / c        c = ⌈context / max_position_embeddings⌉, the same as Transformers' rope_type "linear" with factor c
+    θ_i ← θ_i / c        c = ⌈context / max_position_embeddings⌉
+
+The same as Transformers' rope_type "linear" with the factor c.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,8 @@ class Interpolated(Patch):
             module._buffers["inv_freq"] = getattr(self, f"original_{i}") / self.factor
 
     def remove(self) -> None:
-        self.model_of[0].config.max_position_embeddings = self.short
+        config: Any = self.model_of[0].config
+        config.max_position_embeddings = self.short
         for i, path in enumerate(self.paths):
             self.model_of[0].get_submodule(path)._buffers["inv_freq"] = getattr(self, f"original_{i}")
             delattr(self, f"original_{i}")

@@ -3,8 +3,8 @@
     attention(q, [K_l; k], [V_l; v])        K_l, V_l [n, d_k], [n, d_v]: l runs over the attention modules, an encoder-decoder's
                                             cross-attentions included; every query sees all n of them, in a packed window too
 
-The tokens' positions stay as they are. Where positions rotate keys (RoPE) that loses nothing: a prefix at positions −n … −1 is one with other
-trained numbers in K. Keys that the cache holds are the tokens' own, so decoding needs no care.
+The tokens' positions stay as they are. Where positions rotate keys (RoPE) that loses nothing: a prefix at positions −n … −1 is one with
+other trained numbers in K. Keys that the cache holds are the tokens' own, so decoding needs no care.
 """
 
 from collections.abc import Sequence

@@ -2,9 +2,9 @@
 
     h₀ = [P; E(x)]        P [n, d]; the tokens' positions start at n; what leaves the model's body at the first n places is cut off
 
-So logits, labels and pooling are aligned with the tokens as they were, and the head is never computed at the prompt. An encoder-decoder has
-the prompt in front of its encoder's input only, and its decoder attends to what becomes of it. In decoding the prompt is in the cache from the
-first step on. Windows of several documents are refused: one prompt would serve the first document only.
+So logits, labels and pooling are aligned with the tokens as they were, and the head is never computed at the prompt. An encoder-decoder
+has the prompt in front of its encoder's input only, and its decoder attends to what becomes of it. In decoding the prompt is in the cache
+from the first step on. Windows of several documents are refused: one prompt would serve the first document only.
 """
 
 import inspect
@@ -33,12 +33,12 @@ class Prompt(Patch):
     def __init__(self, model: nn.Module, n: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.model_of, self.handles = (model,), list[Any]()  # in a tuple: not a child
-        self.entered = False
         self.P = nn.Parameter(torch.zeros(n, embeddings_of(model).embedding_dim, dtype=dtype, device=device))
+        self.entered, self.encodes = False, bool(getattr(model.config, "is_encoder_decoder", False))
 
     def install(self) -> None:
         model: Any = self.model_of[0]
-        if model.config.is_encoder_decoder:
+        if self.encodes:
             self.handles.append(model.register_forward_pre_hook(self._widen, with_kwargs=True))
             self.handles.append(model.get_encoder().register_forward_pre_hook(self._enter, with_kwargs=True))
             return
@@ -62,7 +62,7 @@ class Prompt(Patch):
         embeds = kwargs.get("inputs_embeds")
         length = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
         if mask is not None:
-            covered = mask.shape[1] == past + n + length and self.model_of[0].config.is_encoder_decoder  # by `_widen`
+            covered = mask.shape[1] == past + n + length and self.encodes  # by `_widen`
             kwargs["attention_mask"] = mask if covered else _covering(mask, past + n * self.entered + length, n)
         if positions is not None:
             front = torch.arange(n * self.entered, device=positions.device).expand(len(positions), -1)

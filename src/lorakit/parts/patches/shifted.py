@@ -4,8 +4,8 @@
     scores a head computes: Σ over groups of size², at most T · g instead of T²
 
 The shifted heads' first group is short (o places): nothing is rolled around the end, so no token sees a later one. The model's own mask
-(causal, padding, packed documents, windows) holds inside the groups. In eval mode, and wherever queries are not the keys' own places, attention
-is the model's, bit for bit.
+(causal, padding, packed documents, windows) holds inside the groups. In eval mode, and wherever queries are not the keys' own places,
+attention is the model's, bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,8 @@ def fold(x: Tensor, start: int, size: int, count: int) -> Tensor:
 def fold_mask(mask: Tensor, b: int, start: int, size: int, count: int) -> Tensor:
     """[b or 1, h or 1, t, t] -> [b · count, h or 1, size, size]: the blocks on the diagonal."""
     end = start + size * count
-    blocks = mask[:, :, start:end, start:end].unflatten(3, (count, size)).unflatten(2, (count, size)).diagonal(dim1=2, dim2=4)
+    square = mask[:, :, start:end, start:end]
+    blocks: Tensor = square.unflatten(3, (count, size)).unflatten(2, (count, size)).diagonal(dim1=2, dim2=4)
     return blocks.permute(0, 4, 1, 2, 3).expand(b, -1, -1, -1, -1).flatten(0, 1)
 
 
@@ -90,10 +91,12 @@ class Shifted(AttentionPatch):
         t, heads = call.query.shape[2], call.query.shape[1]
         g = self.spec.size(t)
         if self.spec.wrap:
-            explicit = call.explicit()
-            real = None if explicit is None else masks.visible(explicit).diagonal(dim1=2, dim2=3)[:, :, None]  # no key is hidden from itself
             seen = wrapped(t, g, heads, call.query.device)
-            return onward(call.masked(seen if real is None else seen & real))
+            if (
+                explicit := call.explicit()
+            ) is not None:  # its causality is not this one's; its padding is: no real key is hidden from itself
+                seen = seen & masks.visible(explicit).diagonal(dim1=2, dim2=3)[:, :, None]
+            return onward(call.masked(seen))
         if not splits(call):
             return onward(call.masked(masks.restricted(call.explicit(), pattern(t, g, heads, call.query.device))))
         halves = [_heads(call, heads // 2, first) for first in (True, False)]

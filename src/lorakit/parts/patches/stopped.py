@@ -1,8 +1,8 @@
 """Sublayers whose backward pass is left out: x + f(x) becomes x + stop_gradient(f(x)), with the same bits.
 
-The linear modules of a stopped sublayer (attention: q, k, v, o; MLP: gate, up, down; stacked experts) run without a graph. Nothing in it is
-then kept for backward, and no gradient passes through it: only the residual's does. Which ones are stopped is decided before the forward and
-remembered in its context, so that activation checkpointing recomputes the same.
+The linear modules of a stopped sublayer (attention: q, k, v, o; MLP: gate, up, down; stacked experts) run without a graph. Nothing in it
+is then kept for backward, and no gradient passes through it: only the residual's does. Which ones are stopped is decided before the
+forward and remembered in its context, so that activation checkpointing recomputes the same.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """From logits over N experts to gates: dense softmax, and the k largest.
 
     g = softmax(λ / τ)        [.., N], at least in fp32
+
+What is kept of a gate's entries is a mask, not "unequal to zero": a gate may be zero and chosen.
 """
 
 import torch
