@@ -118,6 +118,17 @@ def test_svd_rank_gives_plain_lora_with_its_error(adapter: Path, tmp_path: Path)
     assert (written["r"], written["use_dora"]) == (3, False)
 
 
+def test_compact_leaves_out_what_can_be_drawn_again(adapter: Path, tmp_path: Path) -> None:
+    base = adapter.parents[1]
+    train(config(base, method="vera", output_dir=str(tmp_path / "vera"), learning_rate=5e-2), quiet=True)
+    full = tmp_path / "vera" / "adapter"
+    for to, name in (("peft", "adapter_model"), ("lorakit", "adapter")):
+        assert "exact" in run("convert", str(full), "--to", to, "--out", str(tmp_path / to), "--compact")
+        assert (tmp_path / to / f"{name}.safetensors").stat().st_size < (full / "adapter.safetensors").stat().st_size
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["save_projection"] is False
+    assert "lora has no smaller form" in run("convert", str(adapter), "--out", str(tmp_path / "c"), "--compact", code=2)
+
+
 def test_inspect_merge_convert(adapter: Path, tmp_path: Path) -> None:
     assert "q_proj" in run("inspect", str(adapter), "--plot", str(tmp_path / "spectrum.png"))
     assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")

@@ -65,7 +65,7 @@ def test_L11_inductor(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["lora", "dora", "prefix", "prompt_tuning", "longlora", "hiddenkey", "dropbp"])
 def test_a_whole_model_compiles_and_trains_as_eager(name: str) -> None:
     """With a key given and without one."""
     for given in (True, False):

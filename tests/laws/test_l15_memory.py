@@ -93,7 +93,8 @@ def check_L15(name: str) -> None:
         model.train()
         for branch in adapted.branches():
             x = torch.randn(TOKENS, branch.site.d_in, requires_grad=True)
-            adapted.context.memo.update(said(adapted, branch.host.module, batch(rows=TOKENS, length=1)))
+            told = said(adapted, branch.host.module, batch(rows=TOKENS, length=1))
+            adapted.context.memo.update(told)
             a_token, once = saved(branch.host.module, x)
             assert a_token <= allowed(name, branch, dropout), (branch.site.name, dropout, a_token)
             rank = branch.delta.bound() if branch.delta.linear else branch.delta.r

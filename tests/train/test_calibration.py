@@ -46,7 +46,7 @@ def test_processes_share_the_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["eva", "lora_ga", "inflora"])
 def test_a_resumed_run_does_not_begin_from_data_again(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sites and ranks are in the checkpoint: other data or another machine could give others."""
-    keys = {"method": method, "max_steps": 5, "save_steps": 2, **({"rho": 8.0, "r": 1} if method == "eva" else {})}
+    keys = {"method": method, "max_steps": 5, "save_steps": 2, **({"rho": 4.0, "r": 3} if method == "eva" else {})}
     train(config(tmp_path, output_dir=str(tmp_path / "whole"), **keys), quiet=True)
     real = Run._step
     with monkeypatch.context() as m:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lorakit import BadParameter, NotMergeable, get_method
+from lorakit import BadParameter, CheckpointError, Incompatible, NotMergeable, get_method, quantize
 from lorakit.core.base import numel
 from lorakit.data.tiny import tiny_model
-from lorakit.parts.bases.nf4_base import NF4
+from lorakit.parts.bases.nf4_base import NF4, NF4Spec
 from lorakit.serve import merge as merge_module
 from lorakit.serve.generate import complete
 from lorakit.serve.merge import logits, merge, probes
@@ -20,10 +20,11 @@ from lorakit.serve.score import score
 from lorakit.train.distributed import world
 from lorakit.train.dry_run import dry_run
 from lorakit.train.run import Run
+from lorakit.train.source_model import load_model, load_tokenizer
 from lorakit.train.state import read_state
 from lorakit.train.train import build, train
 from tests.laws.subject import same_bits
-from tests.train.runs import config, model_folder
+from tests.train.runs import config, model_folder, text_file
 
 LOUD = {"learning_rate": 5e-2, "max_steps": 8, "save_steps": 0, "lr_scheduler_type": "constant"}
 NAMES = [{"method": "qlora"}, {"method": "dora", "quantize": "nf4"}, {"method": "lora", "quantize": "nf4", "dtype": "bfloat16"}]
@@ -123,3 +124,37 @@ def test_a_method_with_another_storage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadParameter, match="quantize"):
         config(tmp_path, quantize="int4")
     assert get_method("qlora").base is not None
+
+
+@pytest.mark.parametrize(("arch", "sizes"), [("llama", {}), ("gpt2", {}), ("llama", {"hidden_size": 48, "intermediate_size": 80})])
+def test_a_packed_folder_is_read_to_the_same_codes_without_bitsandbytes(tmp_path: Path, arch: str, sizes: dict[str, int]) -> None:
+    for double_quant in (True, False):
+        model = quantize(tiny_model(arch, **sizes), NF4Spec(double_quant))  # type: ignore[arg-type]
+        folder = tmp_path / str(double_quant)
+        model.save_pretrained(folder)
+        again = load_model(str(folder))
+        assert all(same_bits(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+        ids = torch.arange(3, 19)[None]
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert again.config.quantization_config == model.config.quantization_config
+        assert again.quantized["dtype"] == "float32"
+
+
+def test_a_run_on_a_packed_folder(tmp_path: Path) -> None:
+    model_folder(tmp_path / "plain")
+    model = quantize(load_model(str(tmp_path / "plain")))
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(tmp_path / "plain")).save_pretrained(tmp_path / "model")
+    settings = config(tmp_path, **LOUD | {"model": str(tmp_path / "model"), "train_data": text_file(tmp_path / "data.jsonl")})
+    final = train(settings, quiet=True).final
+    opened = open_adapter(tmp_path / "out" / "adapter")
+    assert all(torch.equal(a, b) for a, b in zip(packed(opened.model), packed(model), strict=True))
+    assert score(opened, str(tmp_path / "data.jsonl"))["loss"] == pytest.approx(final["loss"], rel=1e-6)
+    verdict = merge(tmp_path / "out" / "adapter", tmp_path / "merged")
+    assert verdict is not None
+    assert verdict.ok
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    for name in (tmp_path / "model").glob("*.safetensors"):
+        name.write_bytes(b"")
+    with pytest.raises((BadParameter, CheckpointError)):
+        load_model(str(tmp_path / "model"))

@@ -42,7 +42,7 @@ def convert(
 def _peft(adapter: Adapter, target: str | Path, **options: Any) -> list[str]:
     lines = to_peft(adapter, target, **options).lines()
     if adapter.meta.get("quantized") or adapter.method().base is not None:
-        lines.append("trained on a quantized base: load the base so in PEFT too (BitsAndBytesConfig, load_in_4bit), or the start is another one")
+        lines.append("trained on a quantized base: load it quantized in PEFT too (BitsAndBytesConfig), or the start is another one")
     return lines
 
 

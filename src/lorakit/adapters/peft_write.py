@@ -62,7 +62,7 @@ def to_peft(
 ) -> Exported:
     """Write an adapter in PEFT's format. Raises NotExportable for what PEFT cannot hold, CheckpointError when the files cannot be written.
 
-    native: PEFT's own type where it has one (DoRA, PiSSA, AdaLoRA); else the exact plain LoRA, which changes no base when PEFT loads it.
+    native: PEFT's own type where it has one (DoRA, AdaLoRA, VeRA, …); else the exact plain LoRA, which changes no base when PEFT loads it.
     svd_rank: what has no exact form is approximated at this rank, and the result says how far off it is.
     model: the base; needed for parts of fused weights and for changes that depend on W. With it lists of modules are shortest, else full.
     base_model, task_type: what PEFT's Auto classes ask for.

@@ -1,7 +1,7 @@
 """What one adapter's sites share: a pool of tensors (VeRA's projections, a vector bank), and patches of the model around the sites.
 
 Each is a child of one module at the model's root, `lora_shared.<adapter>.<child>`, so that it moves, casts and saves with the model; sites
-hold unregistered references. In an Adapter their tensors are keyed `shared.<child>.<tensor>`.
+hold unregistered references. In an Adapter their tensors are keyed `lora_shared.<child>.<tensor>`.
 """
 
 from abc import abstractmethod

@@ -57,11 +57,14 @@ def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | N
 
 
 def base_of(folder: str | Path, model: str | None, *, needed: bool) -> nn.Module | None:
-    """The base `model`, or, where it is needed (and always to read a PEFT folder), the one that the adapter names; None without a name."""
+    """The base `model`, or, where it is needed (and always to read a PEFT folder), the one that the adapter names, in fp32 and stored as in
+    training; None without a name."""
     facts = recorded(folder)
     name = model or (facts.get("model") if needed or locate(folder, RECORD) is None else None)
     labels = facts.get("labels") or None
-    return load_model(name, task=CLASSIFY if labels else "causal-lm", labels=labels) if name else None
+    if not name:
+        return None
+    return load_base(name, facts, base_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype="float32", labels=labels)
 
 
 def base_storage(folder: str | Path) -> BaseSpec | None:

@@ -21,6 +21,7 @@ from lorakit.core.base import BaseSpec
 from lorakit.core.errors import BadParameter, CheckpointError
 from lorakit.parts.bases.quantize import quantize
 from lorakit.train.config import BUNDLED
+from lorakit.train.packed_folder import is_packed, load_packed
 
 CLASSIFY = "sequence-classification"
 
@@ -55,12 +56,14 @@ def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", la
         names = {i: str(label) for i, label in enumerate(labels or [])}
         options |= {"num_labels": len(names) or 2, "id2label": names, "label2id": {v: k for k, v in names.items()}}
     try:
-        encoder_decoder = bool(getattr(AutoConfig.from_pretrained(source), "is_encoder_decoder", False))
+        config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k != "dtype"})
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         auto = (
             AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         )
         with _quiet():  # that a head is new is no news: it is trained here, or filled from the adapter
-            model: nn.Module = auto.from_pretrained(source, **options)
+            packed = is_packed(config)
+            model: nn.Module = load_packed(auto, source, config, options["dtype"]) if packed else auto.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise BadParameter(f"cannot load a {task} model from {name!r}: {str(error).splitlines()[0]}") from None
     return model.eval()

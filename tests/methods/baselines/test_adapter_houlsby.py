@@ -15,7 +15,7 @@ from lorakit.parts.inits import module as inits
 from lorakit.parts.inits import random as random_inits
 from lorakit.parts.inits.module import Near, Silent
 from lorakit.parts.unfrozen.norms import Norms
-from tests.laws.subject import awaken, base, batch, everything, far, logits, refusal, same_bits, subject
+from tests.laws.subject import awaken, base, batch, everything, far, logits, loss_of, refusal, same_bits, subject
 from tests.methods.baselines.plain import apart, dense, hung
 from tests.methods.baselines.task import final
 from tests.methods.tools import minimize, normal
@@ -186,6 +186,22 @@ def test_drop_random_trains_one_adapter_that_does_without_any_of_its_first_layer
         (n,) = [n for n, w in want.items() if far(got, w) < 1e-6]
         seen.add(n)
     assert seen == {0, 1, 2, 3}
+
+
+def test_silence_replays_when_activations_are_recomputed():
+    found = []
+    for checkpointing in (False, True):
+        adapted = subject("adapter_houlsby", model={"num_hidden_layers": 4}, drop_random=3, dropout=0.25)
+        model = adapted.model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        losses = []
+        for step in (1, 2, 3):
+            with adapted.given(step=step):
+                losses.append(loss_of(model, batch(step)))
+        sum(losses).backward()
+        found.append([p.tensor.grad for p in adapted.params()])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
 # --- planted problems -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ A pair that is not in the file is drawn again from its key.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Vera(OwnType):
         return "vera", {**kwargs, "d_initial": float(kwargs["d_initial"])}, found.modules
 
     def tensors(self, found: Found[Part], method: Method, sites: Sequence[Site], model: nn.Module | None) -> dict[str, Tensor]:
-        vectors = super().tensors(Found(found.config, found.path, found.modules, {}, {}, {}), method, sites, model)
+        vectors = super().tensors(replace(found, shared={}), method, sites, model)
         if not found.config["save_projection"]:  # PEFT draws the pair then, even if there is one in the file
             sizes = max(s.d_in for s in sites), max(s.d_out for s in sites)
             return vectors | pooled({"drawn": torch.empty(0, *sizes)})

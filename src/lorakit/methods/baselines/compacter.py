@@ -9,7 +9,8 @@ Trained: 2 ρ (d + r) + r + d a site, n³ once, and with `train_norms` the model
 `activation` f. `init`: "zero" starts at T = 0 in B, so the output is the base's, bit for bit; "near" is the official start, near the
 identity only. `rule_std`: of the rule's entries.
 Defaults (official configurations for T5-base): n 4, ρ 1, r 24 (a reduction by 32 of 768), gelu in the tanh form, norms trained; every S_i,
-T_i Xavier uniform with gain √2. rule_std 0.01 is that of the code's unshared rules and of AdapterHub; the T5 runs' shared rule had 0.0001.
+T_i Xavier uniform with gain √2. rule_std 0.01 is that of unshared rules in the code; the T5 runs' shared rule had 0.0001.
+Larger ones learn faster in a short run: on the built-in tkinter task, 30 steps at 1e-2 with norms frozen, 0.5 ends at 2.69, 0.01 at 3.14.
 References: arXiv:2106.04647; survey 2.1.
 """
 

@@ -8,12 +8,12 @@ MLP: `depth` 1 is a linear layer; depth D has D − 1 hidden layers of width `si
 `softmax` False leaves λ as it is. `top_k` keeps a token's k largest gates and zeroes the rest, which are not made up for; `softmax_top_k`
 gives the kept ones a softmax of their own (in place of `softmax`). `temperature` τ, `weight` c.
 `pass_scale` v lets the adapters act in the first pass, at v in place of g; 0 leaves it to the base.
-`adapters`: folders of LoRAs, lorakit's or PEFT's, whose sites and ranks may differ; they are copied into this adapter, which needs the folders
-no more. Where one has no site it adds nothing. They are frozen unless `train_adapters`. Without folders there are `experts` fresh LoRAs of
-rank r at `sites`, which are trained with the gate.
-Trained: the gate, (d + 1) N n at depth 1, and the adapters where said. A gate's layer starts as U(±1/√fan_in). Never merged: the gates depend
-on the input. In decoding the first pass has a cache of its own behind the forward's (parts/patches/prepass.py), so each token costs two
-passes. The output head is no site: it runs at some tokens only.
+`adapters`: folders of LoRAs, lorakit's or PEFT's, whose sites and ranks may differ; they are copied into this adapter, which needs the
+folders no more. Where one has no site it adds nothing. They are frozen unless `train_adapters`. Without folders there are `experts` fresh
+LoRAs of rank r at `sites`, which are trained with the gate.
+Trained: the gate, (d + 1) N n at depth 1, and the adapters where said. A gate's layer starts as U(±1/√fan_in). Never merged: the gates
+depend on the input. `lorakit.adapters.expert.expert(adapter, i)` takes one adapter out again. In decoding the first pass has a cache of its
+own behind the forward's (parts/patches/prepass.py), so each token costs two passes. The output head is no site: it runs at some tokens only.
 Unlike PEFT: a gate of exactly zero that is among the top k stays in; both softmaxes at once are refused.
 Defaults: PEFT's (depth 1, size 2048, gate_dropout 0.2, τ 1, v 0, c 1); 4 fresh experts are our choice.
 References: arXiv:2402.07148; code EricLBuehler/xlora; survey 4.2.
@@ -22,6 +22,7 @@ References: arXiv:2402.07148; code EricLBuehler/xlora; survey 4.2.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +196,7 @@ class GateSpec:
         """(d_out, d_in) of each layer."""
         d: int = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
         widths = [d, *[self.size] * (self.depth - 1), self.experts * (sites if self.layerwise else 1)]
-        return [(d_out, d_in) for d_in, d_out in zip(widths, widths[1:], strict=False)]
+        return [(d_out, d_in) for d_in, d_out in pairwise(widths)]
 
     def build(
         self, model: nn.Module, sites: Sequence[Site], *, cell: Cell, rng: torch.Generator, dtype: torch.dtype, device: torch.device

@@ -2,8 +2,9 @@
 
     H = body(inputs), adapters off, no gradient        H: [b, t, d]        ctx.memo["gates"] = decide(H)
 
-In decoding the base pass has keys and values of its own: layers behind the cache's own ones, so that whatever reorders, crops or repeats the
-cache does the same to them, and every token is read once by either pass. The pass runs in the model's mode, dropout of its own included.
+In decoding the base pass has keys and values of its own: layers behind the cache's own ones, so that whatever reorders, crops or repeats
+the cache does the same to them, and every token is read once by either pass. The pass runs in the model's mode, so it has dropout of its own
+where the model has.
 """
 
 import copy
@@ -57,7 +58,7 @@ class Prepass(Patch, ABC):
     def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """A memo for this forward alone: two forwards under one context must not read each other's gates."""
         self.before.append(self.cell.value)
-        self.cell.value = replace(self.cell.value, memo=dict(self.cell.value.memo))
+        self.cell.value = replace(self.cell.value, memo={k: v for k, v in self.cell.value.memo.items() if k != GATES})
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.before:
