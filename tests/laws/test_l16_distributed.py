@@ -16,7 +16,7 @@ from tests.laws.steps import Run
 from tests.laws.subject import batch, far, logits, same_bits, subject
 
 RANKS, STEPS = 2, 3
-UNMASKED = {"keys": 0.0, "hidden": 0.0}  # a mask of a half batch is not the half of the whole batch's
+UNMASKED = {"keys": 0.0, "hidden": 0.0, "dropout": 0.0}  # a mask of a half batch is not the half of the whole batch's
 
 
 def trained(name: str, rank: int | None, *, forget: bool = False) -> dict[str, Tensor]:

@@ -30,8 +30,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("method", list_methods())
 def test_merged_model_loads_plainly_and_says_the_same(tmp_path: Path, method: str) -> None:
-    folder = trained(tmp_path, method=method, **({"r": 4, "target_r": 2} if method == "adalora" else {}))
+    more: dict[str, object] = {"experts": 2} if method in ("loramoe", "xlora") else {}
+    folder = trained(tmp_path, method=method, **more, **({"r": 4} if method in ("adalora", "compacter") else {}))
     before = files(tmp_path / "model") | files(folder)
+    if method == "bitfit" or config(tmp_path, method=method, **more).build_method().beyond is not None:  # no bias to merge into
+        with pytest.raises(NotMergeable, match="keep the adapter attached"):
+            merge(folder, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        return
     verdict = merge(folder, tmp_path / "merged")
     assert verdict is not None
     assert verdict.ok

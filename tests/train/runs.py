@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lorakit.core.method import describe
 from lorakit.data.tiny import tiny_model, tiny_tokenizer
 from lorakit.train.config import TrainConfig, make_config
+from tests.laws.subject import SMALL
 
 
 def model_folder(folder: Path, arch: str = "llama", **overrides: Any) -> str:
@@ -43,10 +45,12 @@ def config(tmp: Path, **keys: Any) -> TrainConfig:
     if "train_data" not in keys and not data.exists():
         text_file(data)
     defaults = {
-        "model": str(folder), "train_data": str(data), "output_dir": str(tmp / "out"), "max_length": 64, "max_steps": 6, "r": 2,
+        "model": str(folder), "train_data": str(data), "output_dir": str(tmp / "out"), "max_length": 64, "max_steps": 6,
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 2, "logging_steps": 2,
     }  # fmt: skip
-    return make_config(defaults | keys)
+    known = describe(str(keys.get("method", "lora"))).parameters
+    small = {k: v for k, v in {**SMALL, "r": 2, "target_r": 2}.items() if k in known}
+    return make_config(small | defaults | keys)
 
 
 def command(settings: TrainConfig, *extra: str) -> list[str]:

@@ -116,8 +116,6 @@ def test_the_original_weights_are_gone_and_the_preview_counts_what_the_codes_sta
 
 
 def test_a_method_with_another_storage_is_refused(tmp_path: Path) -> None:
-    from lorakit import Incompatible
-
     with pytest.raises(Incompatible, match="give the same"):
         build(config(tmp_path, method="qlora", blocksize=128, quantize="nf4"), world())
     build(config(tmp_path, method="qlora", quantize="nf4"), world())

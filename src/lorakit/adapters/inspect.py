@@ -19,7 +19,7 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.delta import Delta, Factors
 from lorakit.core.errors import MissingExtra
 from lorakit.core.fingerprint import Fingerprint
-from lorakit.core.site import Site
+from lorakit.core.site import ROOT, Site
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Report:
     base: dict[str, Any] | None
     rescales: bool
     """Whether the method also rescales W: the norms are those of s·B·A alone, the rest depends on the base."""
+    shared: dict[str, list[int]] = field(default_factory=dict)
+    """Shapes of what the sites share and of what patches of the model train: a pool, a prefix."""
 
     @property
     def note(self) -> str | None:
@@ -96,6 +98,8 @@ class Report:
             table.add_row(Text(s.name), s.shape, rank, *figures)  # Text: the brackets of c_attn[q] are no markup
         for name, shape in self.unfrozen.items():
             table.add_row(Text(name), "×".join(map(str, shape)), "whole", "", "", "")
+        for name, shape in self.shared.items():
+            table.add_row(Text(name), "×".join(map(str, shape)), "shared", "", "", "")
         return table
 
 
@@ -111,6 +115,7 @@ def inspect_adapter(adapter: Adapter, *, folder: str | Path | None = None) -> Re
         {name: list(t.shape) for name, t in adapter.unfrozen().items()},
         adapter.meta.get("base"),
         adapter.method().combine.full_rank(),
+        {name: list(t.shape) for name, t in adapter.tensors.items() if name.startswith(f"{ROOT}.")},
     )
 
 

@@ -33,7 +33,9 @@ def saved_of(adapter: Adapter, adapted: Collection[str], model: nn.Module | None
     biases = {name: _bias_key(name, adapted) for name, home in homes.items() if home is None and name.endswith(".bias")}
     stray = [name for name, home in homes.items() if home is None and name not in biases]
     if stray:
-        raise NotExportable(f"{len(stray)} trained parameters ({stray[0]}, …) are not whole modules or biases, and PEFT saves nothing else")
+        unknown = "; give the base (--model), which says what is whole" if model is None else ""
+        what = f"{len(stray)} trained parameters ({stray[0]}, …) are not whole modules or biases"
+        raise NotExportable(f"{what}, and PEFT saves nothing else{unknown}")
     modules = sorted({home for home in homes.values() if home is not None})
     modules = [name for name in modules if not any(name.startswith(other + ".") for other in modules)]
     _check_whole(modules, parameters, adapted, model)

@@ -195,7 +195,7 @@ def _reads_encoder(site: Site) -> bool:
 @contextmanager
 def _watching(model: nn.Module, watchers: Iterable[_Watcher]) -> Iterator[None]:
     modes, required = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None  # which would never call the hooks
+    compiled = model.__dict__.pop("_compiled_call_impl", None)  # which would never call the hooks
     handles: list[RemovableHandle] = [model.get_submodule(w.site.module).register_forward_hook(w.forward) for w in watchers]
     try:
         model.eval().requires_grad_(False)
@@ -203,7 +203,8 @@ def _watching(model: nn.Module, watchers: Iterable[_Watcher]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        model._compiled_call_impl = compiled
+        if compiled is not None:
+            model._compiled_call_impl = compiled
         for module, mode in modes:
             module.training = mode
         for p, before in required:

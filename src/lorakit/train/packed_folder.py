@@ -1,4 +1,4 @@
-"""A model folder whose linear weights are packed in bitsandbytes' NF4 layout, read without bitsandbytes: the same codes, in lorakit's own base.
+"""A model folder whose linear weights are packed in bitsandbytes' NF4 layout, read without bitsandbytes to the same codes.
 
 The weights are decoded for Transformers to load as it loads any, and the codes put back in their places.
 """
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import BadParameter, CheckpointError
 from lorakit.core.site import weight_shape
 from lorakit.parts.bases import bnb
 from lorakit.parts.bases.host import held, put
@@ -30,8 +31,13 @@ def load_packed(auto: Any, folder: str, config: Any, dtype: torch.dtype) -> nn.M
     """The model; `auto` is the Transformers class that makes it from its configuration. Raises BadParameter, CheckpointError."""
     if not Path(folder).is_dir():
         raise BadParameter(f"{folder} is packed by bitsandbytes, which is read from local folders only: download it, and give the folder")
-    tensors = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+    try:
+        tensors = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} is damaged or cut off: {error}") from error
     packed = {name.removesuffix("." + bnb.STATE): _taken(tensors, name) for name in list(tensors) if name.endswith(bnb.STATE)}
+    if not packed:
+        raise CheckpointError(f"{folder} says that bitsandbytes packed its weights, and holds none packed as NF4")
     del config.quantization_config
     with torch.device("meta"):
         skeleton = auto.from_config(config)

@@ -76,11 +76,13 @@ def steps_to_zero(xi: float, **parts: Any) -> tuple[list[int], list[int]]:
     return (1 + (~torch.stack(seen)).sum(0)).tolist(), torch.ceil(start.abs() / xi).int().tolist()
 
 
-def test_without_a_loss_every_gate_is_exactly_zero_after_its_size_over_xi_steps() -> None:
+def test_without_a_loss_every_gate_is_exactly_zero_after_its_size_over_xi_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found, want = steps_to_zero(XI)
     assert found == want
     assert len(set(want)) > 2
     assert steps_to_zero(XI, controllers=())[0] != want
+    monkeypatch.setattr(module, "soft_threshold", three_lines)
+    assert steps_to_zero(XI)[0] != want
 
 
 def test_it_follows_the_optimizer_and_leaves_a_and_b_alone() -> None:
@@ -134,16 +136,16 @@ def trained(xi: float, *, singular: list[float] | None = None, steps: int = 160)
 
 
 def test_a_larger_xi_never_leaves_more_ranks() -> None:
-    found = [trained(xi)[0] for xi in (0.0, 0.01, 0.03, 0.2)]
+    found = [trained(xi)[0] for xi in (0.0, 0.02, 0.05, 0.2)]
     assert found == sorted(found, reverse=True)
     assert found[0] == 6
     assert found[-1] < 3
 
 
 def test_a_target_of_rank_two_keeps_few_gates_and_stays_learned() -> None:
-    ranks, error = trained(0.01)
-    assert 2 <= ranks < 6
-    assert error < 0.1 * (16 + 9)
+    ranks, error = trained(0.03)
+    assert 2 <= ranks <= 3
+    assert error < 1e-2 * (16 + 9)
 
 
 def test_a_target_of_full_rank_is_spoiled_by_a_large_xi() -> None:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit import CheckpointError, Incompatible, attach, get_method, quantize
 from lorakit.core.base import base_of, expand, numel
+from lorakit.core.fingerprint import fingerprint
 from lorakit.data.tiny import tiny_model
 from lorakit.parts.bases.host import held, packed_in
 from lorakit.parts.bases.nf4_base import NF4, NF4Spec
@@ -51,6 +52,18 @@ def test_its_forward_is_that_of_a_plain_module_with_the_decoded_weight(kind: typ
     assert module(x).dtype == base.dtype == dtype
     assert base.shape == (48, 80)
     assert base.bias is module.bias
+
+
+def test_under_autocast_it_computes_in_the_dtype_that_torch_s_own_would() -> None:
+    module, plain = linear(), linear()
+    base = put(module)
+    with torch.no_grad():
+        plain.weight.copy_(base.dense())
+    x = weight(3, 80, std=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == plain(x).dtype == torch.bfloat16
+        torch.testing.assert_close(module(x), plain(x), rtol=1e-2, atol=3e-2)
+    assert module(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
@@ -103,6 +116,7 @@ def test_a_state_dict_is_read_back_packed_or_plain(arch: str) -> None:
         other = quantize(tiny_model(arch, seed=1))
         other.load_state_dict(found)
         assert same_bits(logits(other, batch()), want)
+        assert fingerprint(other).rows == (fingerprint(model).rows if found is plain else None), "packed, nobody knows from what"
     incomplete = {k: v for k, v in packed.items() if not k.endswith("absmax")}
     with pytest.raises((CheckpointError, KeyError, RuntimeError)):
         quantize(tiny_model(arch)).load_state_dict(incomplete)

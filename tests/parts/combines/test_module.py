@@ -16,7 +16,7 @@ def test_serial_sees_the_frozen_output_and_beside_the_input_or_what_it_reads():
     delta = branch.delta
     assert isinstance(delta, DenseBottleneck)
     x, y, z = (normal(3, 32, seed=i) for i in range(3))
-    ctx = Ctx(torch.zeros(2, dtype=torch.int64), {"there": z})
+    ctx = Ctx(torch.zeros(2, dtype=torch.int64), memo={"there": z})
     assert torch.equal(Serial()(x, y, branch.base, delta, ctx), delta(y, ctx))
     assert torch.equal(Beside()(x, y, branch.base, delta, ctx), delta(x, ctx))
     delta.reads = ("there",)

@@ -11,8 +11,7 @@ At 10 % of the run one batch measures S_l = Σ_params (‖g‖₂ − ‖g witho
 keeps it so.
 FLOPs of a token: 2 for each weight, and 4 d · `length` in attention, for texts of that many tokens (8 d² + 4 d · length and 16 d² in the
 paper).
-Trained: LoRA's A and B. Checkpoint: plain LoRA. Any other method has it by `.but(patches=(StoppedSpec(),),
-controllers=(DropSpec(p_target),))`.
+Trained: LoRA's A and B. Checkpoint: plain LoRA. Other methods have it by name: `dora+dropbp`.
 A compiled model has one graph for each set that it meets: leave compilation off.
 Defaults: `p_target` 0.5 (official code); `length` 512 ours. References: arXiv:2402.17812; survey 5.1.1.
 """

@@ -76,8 +76,10 @@ def packed_in(module: nn.Module) -> Packed | None:
 
 
 def product(module: nn.Module, packed: Packed, x: Tensor, *, transposed: bool = False) -> Tensor:
-    """x Wᵀ, or x W."""
+    """x Wᵀ, or x W; under autocast in its dtype, as torch's own."""
     at = held(module).layout
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return nf4_matmul(x, *packed, at.d_out, at.d_in, at.dtype, at.blocksize, transposed)  # type: ignore[no-any-return]
 
 
@@ -137,11 +139,14 @@ def _loaded(module: nn.Module, state: dict[str, Any], prefix: str) -> dict[str, 
     here = packed_in(module)
     if prefix + "weight" not in found or here is None:
         return state
-    packed = _read({k.removeprefix(prefix): v for k, v in found.items()}, held(module), prefix + "weight")
+    known, given = held(module), found[prefix + "weight"]
+    packed = _read({k.removeprefix(prefix): v for k, v in found.items()}, known, prefix + "weight")
     put(module, Packed(*(None if t is None else t.to(here.codes.device) for t in packed)))  # type: ignore[arg-type]
-    if (original := held(module).original) is not None:  # the base is another one now, also when it is given back
-        W = found.get(prefix + "weight") if len(found) == 1 else decoded(module, packed)
-        original.data.copy_(W.T if len(found) > 1 and held(module).transposed else W)  # type: ignore[union-attr, arg-type]
+    plain = given.is_floating_point() and len(found) == 1
+    known.origin = sample(given) if plain else None
+    if known.original is not None:  # the base is another one now, also when it is given back
+        W = decoded(module, packed)
+        known.original.data.copy_(given if plain else W.T if known.transposed else W)
     return rest | {prefix + "weight": module.weight}
 
 

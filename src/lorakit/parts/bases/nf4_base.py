@@ -116,7 +116,7 @@ class NF4Spec:
         if not isinstance(base, Dense | Transposed):
             raise Incompatible(f"{type(module).__name__} is stored as {type(base).__name__}: only plain linear weights can become NF4")
         enter(module, layout, NF4, keep=keep)
-        return partial(leave, module)
+        return partial(leave, module) if keep else lambda: None
 
 
 def _as_it_is(found: Layout, wanted: Layout) -> Callable[[], None]:
