@@ -3,6 +3,7 @@
 # make check   format, lint, types, architecture, docs
 # make clean   remove what was made; the environment stays (rm -rf .venv removes it)
 #
+# PROCESSES=8                                             tests at a time (2)
 # PYTHON=python3.12                                       another interpreter (3.11 or newer)
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu        another source of torch, for example without CUDA's gigabytes
 
@@ -12,6 +13,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_WAIT_POLICY = PASSIVE# threads that wait do not spin: on a busy machine spinning costs a factor of ten
 PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+PROCESSES ?= 2
 THREADS ?= 1# tiny tensors: more threads only wait for each other
 NEEDS = pyproject.toml constraints.txt
 
@@ -22,10 +24,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/lorakit quickstart --out out/quickstart
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses $(PROCESSES) -m "not slow"
 
 slow: $(VENV)/.installed-test
-	$(PYTEST) -m slow
+	$(PYTEST) --numprocesses $(PROCESSES) -m slow
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

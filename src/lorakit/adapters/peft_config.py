@@ -12,7 +12,7 @@ from typing import Any
 from lorakit.adapters.pattern import checked
 from lorakit.adapters.peft_fields import FITS, PATTERNS, REASONS
 from lorakit.adapters.peft_type import Table
-from lorakit.adapters.peft_types import TYPES
+from lorakit.adapters.peft_types import TABLES, TYPES
 from lorakit.core.errors import CheckpointError, NotExportable
 
 CONFIG = "adapter_config.json"
@@ -32,16 +32,17 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     name = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise CheckpointError(f"{path} names no peft_type")
-    if name not in TYPES:
-        raise NotExportable(f"{path}: an adapter of peft_type {name} cannot be read; lorakit reads {', '.join(TYPES)}")
-    table = TYPES[name].table
+    if name not in TABLES:
+        raise NotExportable(f"{path}: an adapter of peft_type {name} cannot be read; lorakit reads {', '.join(TABLES)}")
+    table = TABLES[name]
     full = {**table.config, **config}
     _refuse_unknown(config, table, path)
     biases = {"bias": lambda value: value in ("none", "all", table.bias)}
     for name, fits in {**FITS, **biases, **table.fits}.items():
         if name in full and not fits(full[name]):
             raise CheckpointError(f"{path}: {name}={full[name]!r} is not a value that PEFT writes there")
-    TYPES[full["peft_type"]].refuse(full, path)
+    if full["peft_type"] in TYPES:
+        TYPES[full["peft_type"]].refuse(full, path)
     for pattern in [p for name in (*PATTERNS, *table.patterns) for p in _entries(full.get(name))]:
         checked(pattern, path)
     return full

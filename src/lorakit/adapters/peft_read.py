@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.folder import locate
-from lorakit.adapters.io import check, read_weights
+from lorakit.adapters.io import check, load_adapter, read_weights
 from lorakit.adapters.peft_config import CONFIG, read_config
 from lorakit.adapters.peft_experts import targets_of
 from lorakit.adapters.peft_fields import DETERMINED
 from lorakit.adapters.peft_files import WEIGHTS, Side, digests, read_side, sorted_out
 from lorakit.adapters.peft_recipe import closest
 from lorakit.adapters.peft_type import Found
-from lorakit.adapters.peft_types import TYPES
+from lorakit.adapters.peft_types import FOLDERS, TYPES
 from lorakit.adapters.record import read_bounded, recipe_in
 from lorakit.adapters.weights import unpack
 from lorakit.core.adapter import UNFROZEN, Adapter
@@ -32,6 +32,9 @@ def from_peft(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
     AdapterMismatch for tensors that do not fit their configuration or the model.
     """
     folder = Path(folder)
+    mixed = _mixed(folder, model)
+    if mixed is not None:
+        return check(mixed)
     found, side = _read(folder, model)
     if side is not None and side.restorable:
         return check(_restored(found, side, model))
@@ -41,6 +44,18 @@ def from_peft(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
     kept = {k: v for k, v in found.config.items() if k not in DETERMINED or k == "peft_type"}
     meta = {**(side.record.meta if side is not None else {}), "peft": kept}
     return check(_assembled(nearest.recipe, nearest.sites, nearest.found, meta, model))
+
+
+def _mixed(folder: Path, model: nn.Module | None) -> Adapter | None:
+    """An adapter of a type whose folder holds others, read whole; None for other types."""
+    path, weights = locate(folder, CONFIG), locate(folder, WEIGHTS)
+    config = None if path is None else read_config(read_bounded(path), path)
+    if path is None or config is None or config["peft_type"] not in FOLDERS:
+        return None
+    if model is None:
+        raise CheckpointError(f"{folder} is PEFT's and does not say what its modules are: give the model it is for (--model)")
+    tensors = unpack(read_weights(weights, folder, WEIGHTS), weights or folder)
+    return FOLDERS[config["peft_type"]].read(config, tensors, path, model, lambda inside: load_adapter(inside, model=model))
 
 
 def _read(folder: Path, model: nn.Module | None) -> tuple[Found[Any], Side | None]:

@@ -139,6 +139,22 @@ class PeftType(ABC, Generic[H]):
         """The adapter's tensors, keyed as in Adapter, those trained as a whole aside."""
 
 
+class FolderType(ABC):
+    """A type whose folder holds other adapters beside tensors of its own."""
+
+    table: ClassVar[Table]
+
+    @abstractmethod
+    def write(self, adapter: Adapter, folder: Path, fields: Mapping[str, Any], one: Callable[[Adapter, Path], object]) -> dict[str, bytes]:
+        """Write the adapters inside with `one`, and give the bytes of the files beside them. `fields`: those of every configuration."""
+
+    @abstractmethod
+    def read(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, model: nn.Module, one: Callable[[Path], Adapter]
+    ) -> Adapter:
+        """The adapter, those inside being read with `one`. `path`: the configuration's."""
+
+
 def argument(adapter: Adapter, name: str) -> Any:
     """An argument of the adapter's recipe, or the method's default."""
     return adapter.recipe.kwargs.get(name, describe(adapter.recipe.name).parameters[name].default)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG, check_config
 from lorakit.adapters.peft_experts import parameter_fields, refuse_taken, targets_of
-from lorakit.adapters.peft_fields import DETERMINED
+from lorakit.adapters.peft_fields import COMMON, DETERMINED
 from lorakit.adapters.peft_files import SIDE, WEIGHTS, digests
 from lorakit.adapters.peft_form import form_of
 from lorakit.adapters.peft_names import PREFIX, SHARED, VOCABULARY, is_conv1d, key_of, selected, targets
 from lorakit.adapters.peft_rank import number
 from lorakit.adapters.peft_saved import Saved, check_head, listed, saved_of
 from lorakit.adapters.peft_type import Form, Table, argument
-from lorakit.adapters.peft_types import TYPES
+from lorakit.adapters.peft_types import FOLDER_OF, FOLDERS, TYPES
 from lorakit.adapters.record import record_of, to_json
 from lorakit.adapters.weights import floats, pack
 from lorakit.core.adapter import Adapter
@@ -72,9 +72,16 @@ def to_peft(
     if locate(folder, "adapter.json") is not None:
         raise CheckpointError(f"{folder} holds an adapter in lorakit's format; write PEFT's to another folder")
     _fits(adapter, model)
+    named = {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
+    if adapter.recipe.name in FOLDER_OF:
+        kind = FOLDERS[FOLDER_OF[adapter.recipe.name]]
+
+        def one(inside: Adapter, where: Path) -> Exported:
+            return to_peft(inside, where, model=model, base_model=base_model, task_type=task_type)
+
+        return Exported(write_files(folder, kind.write(adapter, Path(folder), {**COMMON, **named}, one)), kind.table.name)
     form = form_of(adapter, native=native, svd_rank=svd_rank, model=model)
     saved = saved_of(adapter, form.modules, model)
-    named = {k: v for k, v in (("base_model_name_or_path", base_model), ("task_type", task_type)) if v is not None}
     old = _old(form, model) if before_0_19 else None
     config = _config(adapter, form, saved, named, model, old=before_0_19)
     check_head(config["task_type"], saved)

@@ -23,7 +23,7 @@ class Ctx:
     samples: Tensor | None = None
     """Each token's sample, int64 [b, t], numbered over the batch: a row, or in packed windows a document."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Inputs of the modules that some delta elsewhere `reads`, by path, and what patches decided, filled as the forward goes; one a forward."""
+    """Inputs of the modules that some delta elsewhere `reads`, by path, and what patches decided; one a forward, filled as it goes."""
 
 
 @dataclass

@@ -183,7 +183,7 @@ def test_the_approximation_is_labeled_and_beats_dropping_the_paths(variant: str)
     assert folded.meta["approximates"] == "reslora (bi)"
     assert [len(r) for r in ratios.values()] == ([0, 1, 1] if variant == "is" else [0, 1, 2])
     assert ratios["layers.1.w"][0] == pytest.approx(1.0, abs=0.05)
-    plain = {k: v for k, v in adapted.state().tensors.items()}
+    plain = dict(adapted.state().tensors)
     adapted.add("folded", folded)
     near = far(adapted.model(x).detach() - x, want)
     adapted.load_tensors("folded", plain)

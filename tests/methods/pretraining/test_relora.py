@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit import Adapted, get_method
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.events import Step
 from lorakit.core.lowrank import LowRank
 from lorakit.methods.pretraining.relora import relora
@@ -160,7 +160,9 @@ def test_the_bare_base_is_shown_exactly_and_training_goes_on() -> None:
 
 
 def test_with_and_without_absorbing_it_is_one_trajectory() -> None:
-    runs = [Run(subject("relora", dtype=torch.float64, awake=False, dropout=0.0, absorb=absorb), total=9).steps(8) for absorb in (True, False)]
+    runs = [
+        Run(subject("relora", dtype=torch.float64, awake=False, dropout=0.0, absorb=absorb), total=9).steps(8) for absorb in (True, False)
+    ]
     for one, two in zip(*(r.adapted.tensors("default").values() for r in runs), strict=True):
         assert far(one, two) < 1e-9
     assert {b.delta.absorbed for b in runs[1].adapted.branches()} == {0}
@@ -193,3 +195,11 @@ def test_at_least_the_share_is_pruned() -> None:
     moment = torch.arange(1.0, 8.0)
     kept = module._kept(moment, Restart(10, 1, "magnitude", 0.5), torch.Generator())
     assert kept.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_a_start_that_is_made_once_cannot_start_every_leg() -> None:
+    eva = get_method("relora").but(init=get_method("eva").init)
+    adapted = subject("relora")
+    adapted.methods["default"] = eva
+    with pytest.raises(Incompatible, match="every leg of a restart starts anew"):
+        Restart(4, 2).build(idle(adapted, 8))

@@ -18,7 +18,7 @@ from lorakit.parts.bases.nf4_base import NF4, NF4Spec
 from tests.adapters import test_trajectory_peft as trajectory
 from tests.adapters.subject import quiet
 from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, far, logits, loss_of, same_bits, subject
+from tests.laws.subject import awaken, base, batch, far, logits, loss_of, same_bits, small, subject
 from tests.methods.tools import layer, minimize, normal
 from tests.parts.bases.oracle import bitsandbytes
 
@@ -314,3 +314,15 @@ def test_the_adapter_is_a_plain_lora_pair() -> None:
     tensors = subject("qlora", awake=False).state().tensors
     assert {k.rsplit(".", 1)[1] for k in tensors} == {"A", "B"}
     assert all(t.dtype == torch.float32 for t in tensors.values())
+
+
+@pytest.mark.parametrize("other", ["dora", "adalora", "pissa", "lora_fa"])
+def test_composed_with_another_method_it_is_that_method_on_a_quantized_base(other: str) -> None:
+    ends = []
+    for model, name in ((base("llama"), f"{other}+qlora"), (quantize(base("llama")), other)):
+        adapted = attach(model, small(name))
+        assert len(packed(model)) == 14
+        Run(adapted, total=8).steps(3)
+        ends.append(adapted.tensors("default"))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(same_bits(ends[0][k], v) for k, v in ends[1].items())

@@ -5,14 +5,15 @@
     loss = CE + β Σ_sites var(Z) / (mean(Z)² + 1e-10)        Z = I ∘ Q over all samples and experts of a micro-batch, var unbiased
 
 A_i as in LoRA, each with draws of its own, B_i = 0, R ~ U(±1/√d_in); the router reads x before the dropout.
-Trained: A, B, R. N = 1 is LoRA, bit for bit. Never merged: the gates depend on the input. `lorakit.adapters.expert.expert(adapter, i)` takes
-one expert out as a LoRA.
+Trained: A, B, R. N = 1 is LoRA, bit for bit. Never merged: the gates depend on the input. One expert is taken out as a LoRA by
+`lorakit.adapters.expert.expert(adapter, i)`.
 `experts` N. `balance` β: 0 leaves the constraint out, as the official script does. With it every row of the data needs an integer `kind`
-in 0 … `kinds` − 1: the experts are cut into `kinds` equal groups, the first for the highest kind (in the paper: type 1), the last for kind 0.
+in 0 … `kinds` − 1: the experts are cut into `kinds` equal groups, the first for the highest kind (the paper's type 1), the last for kind 0.
 `delta` δ. Padding counts for nothing; under packing a sample is a document.
 `target`: the constraint makes Q small where I is large, so "published" (the paper's and the code's I) leaves a sample the *smaller* share,
 (1 − δ)/(1 + δ), in its own kind's group. "intended" has the signs of δ turned, so that the matching group gets the larger share.
-The code sums Q over tokens; a mean is the same where samples are equally long, as the ratio has no scale, and no measure of length elsewhere.
+The code sums Q over tokens; a mean is the same where samples are equally long, as the ratio has no scale, and does not measure length
+elsewhere.
 Defaults: r 4, alpha 32, dropout 0.05, N 8, β 0 (official script); δ 0.1 (the paper has N 6, δ = β = 0.1: our reading, from memory). The
 script adapts the feed-forward alone, so `sites` is mlp.
 References: arXiv:2312.09979, section 4; code Ablustrund/LoRAMoE; survey 4.3.

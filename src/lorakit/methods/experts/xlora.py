@@ -13,7 +13,8 @@ folders no more. Where one has no site it adds nothing. They are frozen unless `
 LoRAs of rank r at `sites`, which are trained with the gate.
 Trained: the gate, (d + 1) N n at depth 1, and the adapters where said. A gate's layer starts as U(±1/√fan_in). Never merged: the gates
 depend on the input. `lorakit.adapters.expert.expert(adapter, i)` takes one adapter out again. In decoding the first pass has a cache of its
-own behind the forward's (parts/patches/prepass.py), so each token costs two passes. The output head is no site: it runs at some tokens only.
+own behind the forward's (parts/patches/prepass.py), so each token costs two passes. The output head, which runs at some tokens only, is no
+site.
 Unlike PEFT: a gate of exactly zero that is among the top k stays in; both softmaxes at once are refused.
 Defaults: PEFT's (depth 1, size 2048, gate_dropout 0.2, τ 1, v 0, c 1); 4 fresh experts are our choice.
 References: arXiv:2402.07148; code EricLBuehler/xlora; survey 4.2.
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from lorakit.core import random
 from lorakit.core.base import Base
 from lorakit.core.context import Cell, Ctx
-from lorakit.core.delta import Delta, Factors
+from lorakit.core.delta import Delta, Factors, stack
 from lorakit.core.errors import BadParameter
 from lorakit.core.events import Assembled
 from lorakit.core.method import Method, method
@@ -119,14 +120,10 @@ class Loaded:
 
     def __call__(self, delta: Delta, base: Base, site: Site, rng: torch.Generator) -> None:
         assert isinstance(delta, Gated)
-        mine = [factors.get(site.name) for factors in self.found]
-        r = max(len(f.A) for f in mine if f is not None)
-        delta.fit({"A": torch.Size((len(mine), r, site.d_in)), "B": torch.Size((len(mine), site.d_out, r))})
-        for i, f in enumerate(mine):
-            if f is not None:
-                set_(delta.A[i, : len(f.A)], f.A)
-                set_(delta.B[i, :, : len(f.A)], f.B)
-            set_(delta.get_buffer("scales")[i], torch.tensor(1.0 if f is None else f.s))
+        A, B, scales = stack([factors.get(site.name) for factors in self.found], site.d_out, site.d_in)
+        delta.fit({"A": A.shape, "B": B.shape, "scales": scales.shape})
+        for mine, value in ((delta.A, A), (delta.B, B), (delta.get_buffer("scales"), scales)):
+            set_(mine, value)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ keeps it so.
 FLOPs of a token: 2 for each weight, and 4 d · `length` in attention, for texts of that many tokens (8 d² + 4 d · length and 16 d² in the
 paper).
 Trained: LoRA's A and B. Checkpoint: plain LoRA. Other methods have it by name: `dora+dropbp`.
-A compiled model has one graph for each set that it meets: leave compilation off.
+Time is what it saves: the first step and the measure keep all activations, so that the peak of memory is LoRA's. A compiled model has one
+graph for each set that it meets: leave compilation off.
 Defaults: `p_target` 0.5 (official code); `length` 512 ours. References: arXiv:2402.17812; survey 5.1.1.
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.core import random
 from lorakit.core.errors import BadParameter, Incompatible
-from lorakit.core.events import Calibrated, Controller, Run, Step
+from lorakit.core.events import Assembled, Calibrated, Controller, Run, Step
 from lorakit.core.layer import Branch
 from lorakit.core.lowrank import LowRank
 
@@ -46,6 +46,8 @@ class Restart:
         (name,) = run.adapted.active
         if run.adapted.methods[name].combine.full_rank():
             raise Incompatible("a restart moves s·B·A into the weight, and this method rescales the weight: its legs would not add up")
+        if isinstance(run.adapted.methods[name].init, Calibrated | Assembled):
+            raise Incompatible("every leg of a restart starts anew, and this method's start is made once, before the run; use another init")
         return _Restart(self, run)
 
 
@@ -88,7 +90,7 @@ class _Restart(Controller):
     def _new_leg(self, branch: Branch) -> None:
         (name,) = self.run.adapted.active
         delta, init = branch.delta, self.run.adapted.methods[name].init
-        assert isinstance(delta, LowRank) and init is not None and not isinstance(init, Calibrated)
+        assert isinstance(delta, LowRank) and init is not None and not isinstance(init, Calibrated | Assembled)
         delta.retire()
         with torch.no_grad():
             for tensor in (delta.A, delta.B):

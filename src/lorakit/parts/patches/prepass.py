@@ -3,8 +3,8 @@
     H = body(inputs), adapters off, no gradient        H: [b, t, d]        ctx.memo["gates"] = decide(H)
 
 In decoding the base pass has keys and values of its own: layers behind the cache's own ones, so that whatever reorders, crops or repeats
-the cache does the same to them, and every token is read once by either pass. The pass runs in the model's mode, so it has dropout of its own
-where the model has.
+the cache does the same to them, and every token is read once by either pass. The pass runs in the model's mode, so it has dropout where
+the model has.
 """
 
 import copy
