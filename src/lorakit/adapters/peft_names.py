@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.base import Transposed, base_of
-from lorakit.core.site import Kind, ours
+from lorakit.core.site import Kind, _is_conv1d, ours
 
 PREFIX = "base_model.model."
 SHARED = "base_model."
@@ -39,7 +38,7 @@ def is_conv1d(name: str, model: nn.Module | None) -> bool:
     """Whether a module is Transformers' Conv1D; without a model, judged by its name."""
     if model is None:
         return name.split(".")[-1] in CONV1D
-    return isinstance(base_of(model.get_submodule(name)), Transposed)
+    return _is_conv1d(model.get_submodule(name))
 
 
 def parsed(key: str, keys: Keys) -> tuple[str, list[Kind], str] | None:

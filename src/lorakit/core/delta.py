@@ -30,7 +30,8 @@ def stack(found: Sequence[Factors | None], d_out: int, d_in: int) -> tuple[Tenso
     """Several changes of one weight, at most each of its own rank, as A [N, r, d_in], B [N, d_out, r] and scales [N] of the largest rank r:
     what a smaller one lacks is zero, as is one that there is none of."""
     r, like = max(len(f.A) for f in found if f is not None), next(f.A for f in found if f is not None)
-    A, B, scales = like.new_zeros(len(found), r, d_in), like.new_zeros(len(found), d_out, r), like.new_ones(len(found))
+    A, B = like.new_zeros(len(found), r, d_in), like.new_zeros(len(found), d_out, r)
+    scales = torch.ones(len(found), dtype=torch.float64, device=like.device)
     for i, f in enumerate(found):
         if f is not None:
             A[i, : len(f.A)], B[i, :, : len(f.A)], scales[i] = f.A.detach(), f.B.detach(), f.s

@@ -164,6 +164,11 @@ def test_the_count_is_a_closed_form() -> None:
 
 
 def test_starts() -> None:
+    model = base().train()
+    model.model.layers[0].eval()
+    attach(model, get_method("prefix"))
+    assert model.training
+    assert not model.model.layers[0].self_attn.training, "each module's mode is left as it was"
     words = subject("prefix", awake=False, start="words").shared("default")["prefix"]
     found = recorded(base(), torch.randint(128, (3,), generator=_stream("prefix")))
     assert same_bits(words.K.detach(), torch.stack([k for k, _ in found]))

@@ -41,10 +41,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return tuple(str(root / str(i)) for i in range(3))
 
 
-def mixed(folders: tuple[str, ...], *, size: float = 0.5, **kwargs: Any) -> Adapted:
+def mixed(folders: tuple[str, ...], *, noise: float = 0.5, **kwargs: Any) -> Adapted:
     """A mixture of the folders' adapters, its gate away from its start."""
     adapted = attach(base(), get_method("xlora", adapters=folders, **kwargs))
-    return awaken(adapted, size=size)
+    return awaken(adapted, size=noise)
 
 
 def singles(folders: tuple[str, ...]) -> list[Tensor]:
@@ -105,7 +105,7 @@ def test_the_adapters_keep_their_bits_and_only_the_gate_learns(folders: tuple[st
     before = {k: v.clone() for k, v in adapted.tensors("default").items()}
     Run(adapted, total=3).steps(3)
     for name, tensor in adapted.tensors("default").items():
-        assert same_bits(tensor, before[name]) != ("gate" in name), name
+        assert same_bits(tensor, before[name]) != name.startswith("lora_shared.gate"), name
     assert all(p.grad is None for b in adapted.branches() for p in b.delta.parameters())
     trained = attach(base(), get_method("xlora", adapters=folders, train_adapters=True))
     assert {p.role for p in trained.params()} == {"A", "B", "W1", "c1"}
@@ -128,14 +128,14 @@ def by_hand(adapted: Adapted, hidden: Tensor) -> Tensor:
         h = h @ gate.get_parameter(f"W{i}").T + gate.get_parameter(f"c{i}")
         h = h.clamp_min(0) if i < spec.depth else h
     g = h.view(*h.shape[:2], -1, 3)
-    g = (g / spec.temperature).exp() if spec.softmax else g
+    g = (g / spec.temperature).double().exp() if spec.softmax else g
     g = g / g.sum(-1, keepdim=True) if spec.softmax else g
     if spec.top_k is not None:
         least = g.topk(spec.top_k, dim=-1).values[..., -1:]
         mask = g >= least
         e = torch.where(mask, g.exp(), 0.0)
         g = e / e.sum(-1, keepdim=True) if spec.softmax_top_k else torch.where(mask, g, 0.0)
-    return spec.weight * g
+    return spec.weight * g.float()
 
 
 def found_gates(adapted: Adapted, ids: Tensor, **inputs: Any) -> Tensor:
@@ -174,14 +174,16 @@ def test_the_gate_is_its_formula_of_the_bases_last_hidden_state(label: str, fold
 
 def test_top_n_of_n_is_dense_and_what_is_left_out_is_not_made_up_for(folders: tuple[str, ...]) -> None:
     ids = batch()
-    dense = found_gates(mixed(folders), ids)
-    assert same_bits(found_gates(mixed(folders, top_k=3), ids), dense)
-    two = found_gates(mixed(folders, top_k=2), ids)
+    dense = found_gates(mixed(folders, noise=0.1), ids)
+    assert same_bits(found_gates(mixed(folders, noise=0.1, top_k=3), ids), dense)
+    two = found_gates(mixed(folders, noise=0.1, top_k=2), ids)
     assert (two.count_nonzero(dim=-1) == 2).all()
     assert same_bits(two[two > 0], dense[two > 0])
     assert (two.sum(-1) < 0.999).all()
     each = found_gates(mixed(folders, top_k=2, softmax=False, softmax_top_k=True), ids)
-    assert torch.allclose(each.sum(-1), torch.ones(each.shape[:-1]))  # a token for itself; not one softmax over the batch, as the first code had
+    assert torch.allclose(
+        each.sum(-1), torch.ones(each.shape[:-1])
+    )  # a token for itself; not one softmax over the batch, as the first code had
 
 
 def test_a_gate_of_zero_among_the_largest_stays() -> None:
@@ -206,9 +208,8 @@ def test_each_site_has_its_gate_with_layerwise(folders: tuple[str, ...]) -> None
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Gated, "gates", lambda self, x, ctx: seen.setdefault(self.site.name, gates(self, x, ctx)))
         assert far(logits(adapted.model, batch()), want) > 1e-4
-    peaked = [name for name, g in seen.items() if not torch.allclose(g / g[..., :1], (g / g[..., :1])[:1, :1])or g[..., 0].min() > 5 * g[..., 1].max()]
     assert len(seen) == len(names)
-    assert [name for name in peaked if "embed" not in name] == ["model.layers.1.self_attn.v_proj"]
+    assert [name for name, g in seen.items() if g[..., 0].min() > 5 * g[..., 1].max()] == ["model.layers.1.self_attn.v_proj"]
 
 
 def test_the_first_pass_may_have_the_adapters_at_a_scale(folders: tuple[str, ...]) -> None:
@@ -266,7 +267,7 @@ def calls(folders: tuple[str, ...], cache: bool) -> int:
     """Tokens that the first layer reads in generating 6."""
     model: Any = mixed(folders).model.eval()
     count: list[int] = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda m, args, kw: count.append((args or (kw["hidden_states"],))[0].shape[1]), with_kwargs=True)
+    handle = model.model.layers[0].register_forward_pre_hook(lambda layer, args: count.append(args[0].shape[1]))
     model.generate(batch(rows=1), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=cache)
     handle.remove()
     return sum(count)
@@ -294,14 +295,14 @@ def test_the_base_pass_follows_the_cache(folders: tuple[str, ...]) -> None:
 
     def both(cache: Any) -> None:
         cache.reorder_cache(order)
-        cache.crop(1 if "tokens_to_remove" in cache.crop.__code__.co_varnames else -1)
+        cache.crop(-1)
 
     def front(cache: Any) -> None:  # the mutant: the forward's layers alone
         n, behind = vars(cache)[prepass.OWN], cache.layers[vars(cache)[prepass.OWN] :]
         cache.layers = cache.layers[:n]
         both(cache)
         for layer in behind:
-            layer.crop(1 if "tokens_to_remove" in layer.crop.__code__.co_varnames else -1)
+            layer.crop(-1)
         cache.layers = cache.layers + behind
 
     assert reordered(folders, both) < 2e-5

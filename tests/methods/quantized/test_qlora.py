@@ -160,11 +160,10 @@ def fit_to(adapted: Adapted, target: Tensor) -> float:
 
 def test_where_the_base_itself_is_wanted_the_grid_costs_what_rank_r_cannot_mend() -> None:
     """LoRA has it at the start; QLoRA is left with Σ_{i>r} σ_i²(W − W̃), whatever its training."""
-    for r in (2, 8):
-        adapted, W, W_ = on_one_layer(get_method("qlora", r=r, sites="w"))
-        floor = torch.linalg.svdvals(W - W_)[r:].square().sum().item()
-        assert floor > 1
-        assert fit_to(adapted, W) == pytest.approx(floor, rel=1e-5)
+    adapted, W, W_ = on_one_layer(get_method("qlora", r=4, sites="w"))
+    floor = torch.linalg.svdvals(W - W_)[4:].square().sum().item()
+    assert floor > 1
+    assert fit_to(adapted, W) == pytest.approx(floor, rel=1e-5)
     lora, W, _ = on_one_layer(get_method("lora", r=2, sites="w"))
     assert fit_to(lora, W) < 1e-12
 

@@ -5,6 +5,7 @@
 
 PEFT 0.21 takes the layer number for the adapter of that name when it saves: layer 0 is then missing from its own file, and lies in the
 folder "0" beside it as `layers.weight`, from where it is read here. A file that has all layers, such as one written here, PEFT loads.
+It renames the keys of the adapters inside as if every model's layers were called model.layers, so GPT-2's cannot be written for it.
 """
 
 import json
@@ -66,6 +67,11 @@ class XLora(FolderType):
     )
 
     def write(self, adapter: Adapter, folder: Path, fields: Mapping[str, Any], one: Callable[[Adapter, Path], object]) -> dict[str, bytes]:
+        strange = [site.name for site in adapter.sites if not site.name.startswith("model.")]
+        if strange:
+            raise NotExportable(
+                f"PEFT's X-LoRA loads adapters of layers under 'model' alone, and {strange[0]!r} is not; write its adapters apart"
+            )
         said = {field: argument(adapter, name) for field, name in ARGUMENTS.items()}
         if said["layerwise_scalings"] and any(site.rows is not None for site in adapter.sites):
             raise NotExportable("PEFT has one gate for a fused weight, and this adapter has one for each of its parts (layerwise)")

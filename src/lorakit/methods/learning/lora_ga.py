@@ -14,7 +14,7 @@ subspace iterations with 4r test vectors. `peft_compat` gives PEFT's start, A₀
 the gradient and whose first step is not the best one. Needs 2r ≤ min(d_in, d_out).
 Defaults: ArB2r, γ 16, niter 4 and 64 batches (official code, whose batches are of 2 samples). Its `norm_clip` guards the rewritten W and
 has nothing to guard here.
-References: arXiv:2407.05000, theorem 3.1; beyond the survey.
+References: arXiv:2407.05000; beyond the survey.
 """
 
 from collections.abc import Mapping, Sequence

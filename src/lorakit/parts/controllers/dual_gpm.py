@@ -3,7 +3,7 @@
     after a task with H = Σ x xᵀ [d, d]: the left singular vectors of (I − M Mᵀ) H join M one by one until ‖M Mᵀ H‖² ≥ ε ‖H‖²
 
 M is kept by a basis of itself or, once it is more than half of the space, of its complement, so never more than d²/2 numbers; all in fp64
-on the CPU. The energy ‖H‖² sums σ⁴ of the inputs. References: arXiv:2303.10070 (from memory), arXiv:2404.00228.
+on the CPU. The energy ‖H‖² sums σ⁴ of the inputs. References: Liang and Li, CVPR 2023 (from memory); arXiv:2404.00228.
 """
 
 from dataclasses import dataclass

@@ -71,14 +71,15 @@ class _Recorder(AttentionPatch):
 @torch.no_grad()
 def recorded(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The (keys, values), [n, width] each, that the tokens `ids` [n] have in each attention module of the model in eval mode."""
-    recorder, training = _Recorder(model, attention_paths(model)), model.training
+    recorder, modes = _Recorder(model, attention_paths(model)), {module: module.training for module in model.modules()}
     recorder.install()
     try:
         both = {"decoder_input_ids": ids[None]} if getattr(model.config, "is_encoder_decoder", False) else {}
         model.eval()(input_ids=ids[None], use_cache=False, **both)
     finally:
         recorder.remove()
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return [recorder.seen[at] for at in range(len(recorder.paths))]
 
 
