@@ -16,7 +16,7 @@ from lorakit.train.metrics import forward_loss
 CHAT = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e f"}]
 
 
-@pytest.mark.parametrize("kind, want", [(0, 0), (3, 3), (-1, None), (True, None), ("code", None), (None, None)])
+@pytest.mark.parametrize(("kind", "want"), [(0, 0), (3, 3), (-1, None), (True, None), ("code", None), (None, None)])
 def test_only_a_number_from_0_on_is_a_kind(kind: object, want: int | None) -> None:
     assert kind_of({"text": "x", "kind": kind}) == want
 

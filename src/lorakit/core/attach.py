@@ -135,8 +135,13 @@ class Adapted:
                 raise BadParameter(f"no adapter is called {name!r}. {did_you_mean(name, self.methods)}")
         if sum(bool(self.unfrozen[n]) for n in names) > 1:
             raise Incompatible(f"{names} each train whole modules; only one of them can be active at a time")
-        self.active = tuple(dict.fromkeys(names))
-        self._apply()
+        before, self.active = self.active, tuple(dict.fromkeys(names))
+        try:
+            self._apply()
+        except BaseException:  # a patch that refuses this model, or another patch beside it
+            self.active = before
+            self._apply()
+            raise
         return self
 
     def scale(self, name: str, w: float) -> "Adapted":
@@ -150,6 +155,7 @@ class Adapted:
             raise Incompatible(f"{name!r} cannot be scaled: {kept}")
         self._not_while_merged("scale")
         for branch in self.branches(name):
+            branch.expel()  # what the base holds of it would keep its size
             branch.w = float(w)
         return self
 
@@ -221,6 +227,8 @@ class Adapted:
     @torch.no_grad()
     def load_tensors(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Copy values into an adapter's tensors; every one must be there, in its shape."""
+        for branch in self.branches(name):
+            branch.expel()  # what the base may hold are the old ones
         for key, tensor in self.tensors(name).items():
             tensor.copy_(values[key])
 
@@ -460,9 +468,9 @@ class Adapted:
         while self._installed:
             self._installed.pop().remove()
         children = [module for name in self.active for module in self.shared(name).values()]
-        self._installed = [module for module in children if isinstance(module, Patch)]
-        for patch in self._installed:
+        for patch in [module for module in children if isinstance(module, Patch)]:
             patch.install()
+            self._installed.append(patch)
         self.cell.draws = any(b.delta.draws for b in self.branches()) or any(module.draws for module in children)
         self.cell.reads = frozenset(path for b in self.branches() for path in b.delta.reads)
 

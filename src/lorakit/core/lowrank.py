@@ -20,6 +20,7 @@ from lorakit.core import random, resize
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
 from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.errors import Incompatible
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared, refuse_shapes
 from lorakit.core.site import MIXTURES, MODULES, Kind, Site
@@ -121,7 +122,7 @@ class LowRank(Delta):
         assert self.A0 is not None and self.B0 is not None
         wide = torch.promote_types(base.dtype, self.A0.dtype)
         while self.absorbed < len(self.A0):
-            leg = slice(self.absorbed, self.absorbed + self.r)
+            leg = slice(self.absorbed, min(self.absorbed + self.r, len(self.A0)))
             base.assign_(base.dense(wide) - self.s * (self.B0[:, leg] @ self.A0[leg]))
             self.absorbed = leg.stop
 
@@ -157,6 +158,8 @@ class LowRankSpec(DeltaSpec):
 
     def __post_init__(self) -> None:
         random.check_dropout(self.dropout)
+        if self.anchor and self.legs:
+            raise Incompatible("a start that subtracts its own anchor cannot be restarted: the legs of a chain take the anchor's place")
 
     @property
     def provides(self) -> frozenset[str]:

@@ -321,7 +321,9 @@ class Run:
         final = self.evaluate()
         if final["loss"] >= self.at.best_loss:
             self.world.wait()
-            self.adapted.load_tensors(self.name, load_adapter(self.out / "best").tensors)
+            best = load_adapter(self.out / "best").tensors
+            self.adapted.fit(self.name, best)  # ranks and legs may have been fewer then
+            self.adapted.load_tensors(self.name, best)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.history.append(row)

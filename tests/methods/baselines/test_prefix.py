@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit import BadParameter, Incompatible, NotMergeable, attach, get_method
+from lorakit.adapters.inspect import inspect_adapter
 from lorakit.core.attach import Adapted
 from lorakit.data.packable import why_not_packable
 from lorakit.parts.patches import attention, masks, prefix
@@ -153,6 +154,11 @@ def test_a_trajectory_is_pefts(arch: str) -> None:
     assert max(abs(a - b) for a, b in losses) < TOLERANCE
     got = torch.stack([patch.K, patch.V], dim=1).permute(2, 0, 1, 3).flatten(1)
     assert far(got.detach(), weight.detach()) < 1e-8
+
+
+def test_inspect_shows_what_is_trained() -> None:
+    report = inspect_adapter(subject("prefix").state())
+    assert report.shared == {"lora_shared.prefix.K": [2, 3, 16], "lora_shared.prefix.V": [2, 3, 16]}
 
 
 def test_the_count_is_a_closed_form() -> None:

@@ -209,6 +209,16 @@ def test_caches_without_room_or_without_the_prompt_are_refused() -> None:
         adapted.merge()
 
 
+def test_two_prompts_at_once_are_refused_and_the_first_stays() -> None:
+    adapted = subject("prompt_tuning")
+    want = adapted.model(input_ids=batch()).logits
+    adapted.add("other", small("prompt_tuning"), seed=2)
+    with pytest.raises(Incompatible, match="two trained prompts"):
+        adapted.switch("default", "other")
+    assert adapted.active == ("other",)
+    assert same_bits(adapted.switch("default").model(input_ids=batch()).logits, want)
+
+
 @torch.no_grad()
 def test_continuing_a_conversation_from_its_cache_is_exact() -> None:
     adapted = subject("prompt_tuning", dtype=torch.float64)

@@ -370,6 +370,19 @@ def test_what_is_dropped_is_learned_more_slowly() -> None:
     assert ends[0] < ends[1]
 
 
+def test_two_at_once_stop_what_either_stops_and_come_off_in_any_order() -> None:
+    adapted = subject("dropbp")
+    adapted.add("other", small("dropbp"), seed=2)
+    adapted.switch("default", "other")
+    for name, which in (("default", [True, False, False, False]), ("other", [False, False, False, True])):
+        adapted.shared(name)["stopped"].stop(which)
+    silent = {name.split(".lora.")[0] for name, g in gradients(adapted).items() if g is None}
+    assert {("layers.0.self_attn" in n, "layers.1.mlp" in n) for n in silent} == {(True, False), (False, True)}
+    adapted.switch("other").switch("default").detach()
+    assert type(adapted.model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert "stopped_as" not in adapted.model.model.layers[0].mlp.up_proj.__dict__
+
+
 def test_what_cannot_be_is_refused() -> None:
     for bad in ({"p_target": 1.5}, {"p_target": -0.1}, {"length": 0}):
         with pytest.raises(BadParameter):

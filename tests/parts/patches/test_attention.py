@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import Incompatible
+from lorakit import Incompatible, attach, get_method
 from lorakit.core.context import Cell
 from lorakit.parts.patches import attention, masks
 from lorakit.parts.patches.attention import AttentionPatch, Call, Onward, Out, attention_paths, projections
@@ -132,6 +132,11 @@ def test_what_cannot_be_patched_is_refused_with_the_reason() -> None:
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(Incompatible, match="attn_implementation='sdpa'"):
         Through(model).install()
+    before = sorted(model.model.layers[0].self_attn.__dict__)
+    with pytest.raises(Incompatible, match="attn_implementation='sdpa'"):
+        attach(model, get_method("hiddenkey"))
+    assert sorted(model.model.layers[0].self_attn.__dict__) == before
+    assert not any("lora" in name for name, _ in model.named_modules())
     model = base("gpt2", attn_implementation="eager")
     model.config.reorder_and_upcast_attn = True
     with pytest.raises(Incompatible, match="upcasts"):

@@ -181,7 +181,7 @@ class GateSpec:
     pass_scale: float
     weight: float
     name: str = "gate"
-    requires: frozenset[str] = Experts.provides
+    requires: frozenset[str] = frozenset()
     kept: str = "its gate reads every text before the adapters do"
 
     def chosen(self, g: Tensor) -> Tensor:

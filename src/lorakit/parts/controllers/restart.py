@@ -46,6 +46,8 @@ class Restart:
         (name,) = run.adapted.active
         if run.adapted.methods[name].combine.full_rank():
             raise Incompatible("a restart moves s·B·A into the weight, and this method rescales the weight: its legs would not add up")
+        if run.adapted.methods[name].init is None:
+            raise Incompatible("every leg of a restart starts anew, and this method has no start of its own")
         if isinstance(run.adapted.methods[name].init, Calibrated | Assembled):
             raise Incompatible("every leg of a restart starts anew, and this method's start is made once, before the run; use another init")
         return _Restart(self, run)
@@ -61,7 +63,7 @@ class _Restart(Controller):
             for branch in self._branches():
                 self._new_leg(branch)
         if self.spec.absorb:  # after a resume or a look at the bare base, all legs again
-            for branch in self._branches():
+            for branch in [b for b in self._branches() if b.w == 1.0]:  # the base could not hold them at another size
                 branch.delta.absorb_(branch.base)  # type: ignore[operator]
 
     def rate(self, step: Step) -> float:
@@ -70,13 +72,14 @@ class _Restart(Controller):
 
     @torch.no_grad()
     def finish(self) -> None:
-        lost = max((self._lost(branch) for branch in self._branches()), default=0.0)
+        hosts: dict[int, list[Branch]] = {}
+        for branch in self._branches():
+            hosts.setdefault(id(branch.host), []).append(branch)
+        lost = max((_lost(branches) for branches in hosts.values()), default=0.0)
         if lost > TINY:
             self.run.adapted.notes.append(
                 f"in training the base's storage held {self.legs} legs with a relative error of {lost:.1e}; the adapter has them exactly"
             )
-        for branch in self._branches():
-            branch.expel()
 
     def state_dict(self) -> dict[str, Any]:
         return {"legs": self.legs}
@@ -96,7 +99,7 @@ class _Restart(Controller):
             for tensor in (delta.A, delta.B):
                 tensor.zero_()
         init(delta, branch.base, branch.site, random.generator(self.run.adapted.seed, f"{branch.site.name}:leg{self.legs}"))
-        for tensor in (delta.A, delta.B):
+        for tensor in (delta.A, delta.B, *([] if delta.g is None else [delta.g])):
             self._forget(tensor, random.generator(self.run.adapted.seed, f"{branch.site.name}:forget{self.legs}"))
 
     def _forget(self, tensor: Tensor, rng: torch.Generator) -> None:
@@ -108,16 +111,21 @@ class _Restart(Controller):
                 if isinstance(moment, Tensor) and moment.shape == tensor.shape:
                     moment.mul_(_kept(moment, self.spec, rng))
 
-    def _lost(self, branch: Branch) -> float:
-        """‖what the base holds − W − Σ ΔW_n‖ / ‖Σ ΔW_n‖ of one site."""
-        delta, base = branch.delta, branch.base
-        assert isinstance(delta, LowRank) and delta.A0 is not None and delta.B0 is not None
-        if not delta.absorbed:
-            return 0.0
-        held = base.dense(torch.float32)
+
+def _lost(branches: list[Branch]) -> float:
+    """The largest ‖what the base holds − W − Σ ΔW_n‖ / ‖Σ ΔW_n‖ over the sites of one module (the parts of a fused weight have one base),
+    which is given its bits back."""
+    absorbed = [b for b in branches if b.delta.absorbed]
+    held = [b.base.dense(torch.float32) for b in absorbed]
+    for branch in absorbed:
         branch.expel()
+    lost = 0.0
+    for branch, before in zip(absorbed, held, strict=True):
+        delta = branch.delta
+        assert isinstance(delta, LowRank) and delta.A0 is not None and delta.B0 is not None
         legs = -delta.s * (delta.B0 @ delta.A0)
-        return float((held - base.dense(torch.float32) - legs).norm() / legs.norm().clamp_min(1e-30))
+        lost = max(lost, float((before - branch.base.dense(torch.float32) - legs).norm() / legs.norm().clamp_min(1e-30)))
+    return lost
 
 
 def _kept(moment: Tensor, spec: Restart, rng: torch.Generator) -> Tensor:

@@ -75,9 +75,10 @@ class AttentionPatch(Patch):
         """The attention of the module at `paths[at]`; `onward` computes a call's attention."""
 
     def install(self) -> None:
-        for at, path in enumerate(self.paths):
-            module = self.modules_of[0].get_submodule(path)
+        modules = [self.modules_of[0].get_submodule(path) for path in self.paths]
+        for module, path in zip(modules, self.paths, strict=True):
             check(module, path)
+        for at, module in enumerate(modules):
             around = module.__dict__.get("lora_attention") or _divert(module)
             around.patches.append((self, at))
 

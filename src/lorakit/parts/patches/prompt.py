@@ -38,11 +38,13 @@ class Prompt(Patch):
 
     def install(self) -> None:
         model: Any = self.model_of[0]
+        body = model.get_encoder() if self.encodes else model.base_model
+        if any(isinstance(getattr(hook, "__self__", None), Prompt) for hook in body._forward_pre_hooks.values()):
+            raise Incompatible("two trained prompts cannot stand in front of one input: switch to one of them")
         if self.encodes:
             self.handles.append(model.register_forward_pre_hook(self._widen, with_kwargs=True))
-            self.handles.append(model.get_encoder().register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.handles.append(body.register_forward_pre_hook(self._enter, with_kwargs=True))
             return
-        body = model.base_model
         self.handles.append(body.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles.append(body.register_forward_hook(self._leave))
         if (pooler := getattr(body, "pooler", None)) is not None:

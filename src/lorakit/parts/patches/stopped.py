@@ -6,6 +6,7 @@ forward and remembered in its context, so that activation checkpointing recomput
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from lorakit.core.shared import Patch
 from lorakit.core.site import ATTENTION, MIXTURES, MLP, Kind, Site, sites_of
 
 OUTPUT = {"o", "down"}
+NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Stopped(Patch):
         super().__init__()
         self.cell, self.model_of = cell, (model,)  # in a tuple: not a child
         self.sublayers = sublayers(model)
+        self.key = f"stopped {next(NUMBERS)}"  # in a forward's memo
         self.stop([False] * len(self.sublayers))
 
     def stop(self, which: Sequence[bool]) -> None:
@@ -78,18 +81,22 @@ class Stopped(Patch):
         for i, sublayer in enumerate(self.sublayers):
             for path in sublayer.modules:
                 module = self.model_of[0].get_submodule(path)
-                module.__dict__["stopped_as"] = (self, i)
-                module.__class__ = stopping_class(type(module))  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
+                if "stopped_as" not in module.__dict__:
+                    module.__dict__["stopped_as"] = []
+                    module.__class__ = stopping_class(type(module))  # type: ignore[arg-type]  # mypy finds no __hash__ on type[Module]
+                module.__dict__["stopped_as"].append((self, i))
 
     def remove(self) -> None:
         for path in [path for sublayer in self.sublayers for path in sublayer.modules]:
             module: Any = self.model_of[0].get_submodule(path)
-            module.__class__ = type(module).not_stopping
-            del module.__dict__["stopped_as"]
+            module.stopped_as.remove(next(pair for pair in module.stopped_as if pair[0] is self))
+            if not module.stopped_as:
+                module.__class__ = type(module).not_stopping
+                del module.__dict__["stopped_as"]
 
     def now(self, i: int) -> bool:
         """Whether the present forward, or the one being recomputed, leaves out sublayer i."""
-        which: tuple[bool, ...] = self.cell.value.memo.setdefault("stopped", self.which)
+        which: tuple[bool, ...] = self.cell.value.memo.setdefault(self.key, self.which)
         return which[i]
 
 
@@ -98,8 +105,8 @@ def stopping_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The generated subclass of one module class that runs without a graph where its sublayer is stopped."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch, i = self.stopped_as
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.training and patch.now(i))):
+        stop = self.training and any(patch.now(i) for patch, i in self.stopped_as)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop):
             return plain.forward(self, *args, **kwargs)
 
     return generate("Stopping", stopping_class, plain, forward=forward, not_stopping=plain)
