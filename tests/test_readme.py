@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+from lorakit.core.method import describe, list_methods
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"<!-- test(?P<slow> slow)?(?:: (?P<sizes>[^>]+?))? -->\n```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
@@ -105,6 +107,14 @@ def test_the_tree_is_true():
     named = re.findall(r"^  (\w+)/ ", README, flags=re.MULTILINE)
     rooms = [p.name for p in (REPOSITORY / "src/lorakit").iterdir() if p.is_dir() and p.name != "__pycache__"]
     assert sorted(named) == sorted(rooms)
+
+
+def test_the_list_of_methods_is_whole():
+    """What README lists under "What there is" are the registered methods, each once."""
+    listed = re.findall(r"^- \*\*.*$", README.split("\n## What there is\n")[1].split("\n## ")[0], flags=re.MULTILINE)
+    named = [name for line in listed for name in re.findall(r"`(\w+)`", line)]
+    ours = [name for name in list_methods() if describe(name).make.__module__.startswith("lorakit.methods.")]
+    assert sorted(named) == ours
 
 
 def test_a_marked_command_gets_its_flags():

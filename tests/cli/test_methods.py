@@ -74,7 +74,7 @@ def test_show_says_where_a_part_is_defined():
 
 
 def test_show_names_the_nearest_method():
-    assert refused("show", "pisa") == "error: no method is called 'pisa'. Did you mean 'pissa'?\n"
+    assert refused("show", "pisssa") == "error: no method is called 'pisssa'. Did you mean 'pissa'?\n"
 
 
 def test_parts_leave_out_what_is_empty():

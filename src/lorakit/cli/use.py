@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 Adapter = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's); 'base' for the base alone")]
 Folder = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's)")]
@@ -43,7 +43,7 @@ def eval_(
         figures = score(opened, data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match)
     if as_json:
         return print(json.dumps(figures, indent=1))
-    table = Table(*figures, box=None)
+    table = Table(*(Column(name, overflow="fold") for name in figures), box=None)
     table.add_row(*(f"{v:.4f}" for v in figures.values()))
     Console().print(table)
 

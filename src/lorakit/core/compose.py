@@ -3,16 +3,18 @@
 A part is a method's own when it is not the neutral one: the default of its field in Method or in the delta's spec, or an init that declares
 itself `neutral`. Two different ones of a part cannot be had at once, and the error says which; penalties, controllers, patches and what is
 trained whole add up.
-Parameters are the union of both signatures, with the first one's defaults, and each goes to all methods that know it.
+Parameters are the union of both signatures, with the first one's defaults, and each goes to all methods that know it. A name that only
+looks the same (no common one, and the defaults differ) stays at each method's own default and cannot be given.
+A gate has one owner: a controller or a loop.
 """
 
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.core.errors import Incompatible
+from lorakit.core.errors import BadParameter, Incompatible
 
 if TYPE_CHECKING:
     from lorakit.core.method import Entry, Method
@@ -20,18 +22,22 @@ if TYPE_CHECKING:
 ADDED = ("penalties", "controllers", "patches", "unfreeze")
 
 
-def composed(entries: Sequence["Entry"]) -> Callable[..., "Method"]:
-    """A function with the joined signature that makes the joined method."""
+def composed(entries: Sequence["Entry"], common: Collection[str]) -> Callable[..., "Method"]:
+    """A function with the joined signature that makes the joined method. `common`: names that mean the same in every method."""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     for entry in reversed(entries):
         hints |= typing.get_type_hints(entry.make)
     for entry in entries:
         parameters = entry.parameters | parameters
+    apart = {k for e in entries for k, p in e.parameters.items() if k not in common and p.default != parameters[k].default}
 
     def make(**kwargs: Any) -> "Method":
-        whole = {name: parameter.default for name, parameter in parameters.items()} | kwargs
-        made = [entry.make(**{k: whole[k] for k in entry.parameters}) for entry in entries]
+        for k in sorted(apart & kwargs.keys()):
+            both = " and ".join(entry.name for entry in entries if k in entry.parameters)
+            raise BadParameter(f"{both} each have a parameter {k!r} of their own; together they keep their defaults, so leave it out")
+        whole = {name: parameter.default for name, parameter in parameters.items() if name not in apart} | kwargs
+        made = [entry.make(**{k: whole[k] for k in entry.parameters if k in whole}) for entry in entries]
         first, *rest = made
         for entry, other in zip(entries[1:], rest, strict=True):
             first = _joined(first, other, entry.name)
@@ -50,6 +56,9 @@ def _joined(first: "Method", other: "Method", name: str) -> "Method":
     parts |= {f: _one(getattr(first, f), getattr(other, f), neutral[f], f, name) for f in ("combine", "optim", "base", "objective", "loop")}
     parts["init"] = _init(first.init, other.init, name)
     parts["delta"] = _fields(first.delta, other.delta, name)
+    owners = [_kind(part) for part in (*parts["controllers"], parts["loop"]) if "gate" in part.requires]
+    if len(owners) > 1:
+        raise Incompatible(f"{' and '.join(owners)} each set the gate g of every site; only one can (in {name}, and before it)")
     return first.but(**parts, identity=first.identity and other.identity)
 
 

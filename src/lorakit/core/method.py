@@ -187,7 +187,7 @@ def describe(name: str) -> Entry:
     if "+" in name:
         entries = [describe(part) for part in name.split("+")]
         papers = ", ".join(dict.fromkeys(entry.paper for entry in entries))
-        return dataclasses.replace(entries[0], name=name, make=composed(entries), paper=papers, kind="composition")
+        return dataclasses.replace(entries[0], name=name, make=composed(entries, COMMON), paper=papers, kind="composition")
     if name not in _REGISTRY:
         raise NoSuchMethod(f"no method is called {name!r}. {did_you_mean(name, _REGISTRY)}")
     return _REGISTRY[name]

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.attach import Adapted, attach
-from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.core.errors import BadParameter, CheckpointError, Incompatible
 from lorakit.core.events import Calibrated
-from lorakit.core.method import Method, get_method
+from lorakit.core.method import Method, describe, get_method
 from lorakit.core.site import select
 from lorakit.data.packable import check_packing, why_not_packable
 from lorakit.parts.bases.nf4_base import NF4Spec
@@ -105,9 +105,15 @@ def begin(
 
 def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
     """The method; for classification the new head is trained whole, unless the user said what to unfreeze."""
-    if task == CLASSIFY and "unfreeze" not in config.method_args:
-        return get_method(config.method, **config.method_args, unfreeze=head_of(model))
-    return config.build_method()
+    if task != CLASSIFY or "unfreeze" in config.method_args:
+        return config.build_method()
+    known = describe(config.method).parameters
+    if "unfreeze" not in known:
+        raise Incompatible(
+            f"{config.method} trains no module whole, and the head of a classifier is new: it would stay random; "
+            "give the classes as text to answer with (chat or completion rows), or choose another method"
+        )
+    return get_method(config.method, **config.method_args, unfreeze=(*known["unfreeze"].default, *head_of(model)))
 
 
 def make_data(

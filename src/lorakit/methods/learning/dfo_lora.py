@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import random
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.events import Loop, MicroBatches, Run, Step
 from lorakit.core.layer import Branch
 from lorakit.core.lowrank import LowRank, LowRankSpec
@@ -51,6 +51,14 @@ class AskTellSpec:
             raise BadParameter(f"d={self.d} and population={self.population} must be at least 4, sigma={self.sigma} positive")
 
     def build(self, run: Run) -> "AskTell":
+        found = {row.name for row in run.adapted.params()}
+        pairs = {f"{b.site.name}.{n}" for b in run.adapted.branches() if isinstance(b.delta, LowRank) and b.delta.A0 is None for n in "AB"}
+        if found != pairs:
+            odd = ", ".join(sorted(found ^ pairs)[:2])
+            raise Incompatible(f"the search sets A and B of every site, from zero, and nothing else; this method differs in {odd}, …")
+        for name in run.adapted.active:
+            if run.adapted.methods[name].optim is not None or run.adapted.methods[name].penalties:
+                raise Incompatible("the search takes no gradient step; it has no use for another method's optimizer or penalty")
         return AskTell(self, run)
 
 
@@ -127,7 +135,7 @@ class AskTell(Loop):
 
 
 def input_widths(run: Run, branches: list[Branch]) -> dict[str, float]:
-    """The clipped standard deviation of each site's input on one batch."""
+    """The clipped standard deviation of each site's input on one batch; the mean over processes, each of which takes one."""
     found: dict[str, float] = {}
 
     def watch(name: str) -> Any:
@@ -138,17 +146,19 @@ def input_widths(run: Run, branches: list[Branch]) -> dict[str, float]:
         return hook
 
     hooks = [b.base.module.register_forward_pre_hook(watch(b.site.name)) for b in branches]
-    data, model = run.calibration(1), run.adapted.model
+    data, model = run.calibration(run.processes), run.adapted.model
     training = model.training
     try:
         with torch.no_grad():
-            data.loss(model.eval(), data.batches[0])
+            for batch in data.batches[:1]:  # fewer data than processes: the others' count
+                data.loss(model.eval(), batch)
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    widths = torch.tensor([found.get(b.site.name, 1.0) for b in branches], dtype=torch.float64)
-    return dict(zip([b.site.name for b in branches], widths.tolist(), strict=True))
+    widths = torch.tensor([[found.get(b.site.name, 0.0), b.site.name in found] for b in branches], dtype=torch.float64)
+    run.total_(widths)  # the same maps everywhere
+    return {b.site.name: total / n if n else 1.0 for b, (total, n) in zip(branches, widths.tolist(), strict=True)}
 
 
 def clipped_std(x: Tensor, rounds: int = 5) -> float:

@@ -94,7 +94,7 @@ class Residual(Delta):
         return Factors(self._down(), self._up(), self.s) if self.linear else None
 
     def bound(self) -> int:
-        return self.r * (1 + len(self.chain)) if self.linear else super().bound()
+        return self.r + sum(delta.r for delta in self.chain) if self.linear else super().bound()
 
     def _down(self) -> Tensor:
         return torch.cat([self.A, *(d.A for d in self.chain)])
@@ -134,6 +134,14 @@ class ResidualSpec(DeltaSpec):
 
     def check(self, sites: Sequence[Site]) -> None:
         self.rank.check(sites)
+        before = Links(sites, self.pre).before if self.variant == "ms" else {}
+        for site in sites:
+            r, others = self.rank.at(site)[0], {s.name: self.rank.at(s)[0] for s in before.get(site.name, ())}
+            odd = [f"{name} of rank {other}" for name, other in others.items() if other != r]
+            if odd:
+                raise BadParameter(
+                    f"{site.name} of rank {r} cannot add what {odd[0]} sends it; with variant='ms' give sites of one kind one rank, or use 'bs'"
+                )
 
     def count(self, site: Site) -> int:
         return self.rank.at(site)[0] * (site.d_in + site.d_out)

@@ -65,14 +65,31 @@ class GrowthSpec:
 
     def build(self, run: Run) -> "Growth":
         growth = Growth(self, run)
-        n = len(growth.branches)
-        if self.at(run.total - 1, run.total, n) < n * self.target_r:
-            events = -(-n * (self.target_r - self.init_r) // (self.top_h * self.add))
+        most = [min(b.site.d_in, b.site.d_out) - self.add for b in growth.branches]
+        n, goal = len(most), len(most) * self.target_r
+        if sum(most) < goal:
             raise BadParameter(
-                f"{n} sites need {events} growths, that is {self.warmup + events * self.interval + 1} steps, to reach "
-                f"target_r={self.target_r}; this run has {run.total}: lower interval or warmup, raise top_h, or set interval=0"
+                f"target_r={self.target_r} is {goal} components at {n} sites, which have room for {sum(most)} beside add={self.add} in "
+                "reserve at each; lower target_r or add"
+            )
+        if (reached := self.reached(run.total, most)) < goal:
+            events = -(-n * (self.target_r - self.init_r) // (self.top_h * self.add))
+            steps = f", that is {self.warmup + events * self.interval + 1} steps" if self.interval else ""
+            raise BadParameter(
+                f"{n} sites need {events} growths{steps}, to reach target_r={self.target_r}; in this run's {run.total} steps they get "
+                f"{reached} of {goal} components: train longer, raise add, lower warmup" + (", or set interval=0" if self.interval else "")
             )
         return growth
+
+    def reached(self, total: int, most: list[int]) -> int:
+        """Components at the end of a run over sites that can have so many each and get at most `add` a step, the same ones first."""
+        ranks = [self.init_r] * len(most)
+        for t in range(total):
+            left = self.at(t, total, len(most)) - sum(ranks)
+            for i in range(len(most)) if left > 0 else ():
+                more = max(0, min(self.add, left, most[i] - ranks[i]))
+                ranks[i], left = ranks[i] + more, left - more
+        return sum(ranks)
 
     def at(self, t: int, total: int, n: int) -> int:
         """Components that n sites may have at step t."""

@@ -20,7 +20,7 @@ from lorakit.core.events import Controller, Run
 from lorakit.core.layer import Branch
 from lorakit.parts.posterior.factors import NAME, Posterior
 from lorakit.parts.posterior.kronecker import Kronecker, updated
-from lorakit.parts.posterior.trace import Seen, backward, traced
+from lorakit.parts.posterior.trace import Seen, backward, check_plain, traced
 
 FEW = 64
 """Up to so many classes, the expectation over them is taken instead of a draw."""
@@ -49,6 +49,7 @@ class Fit(Controller):
 
     def __init__(self, spec: Laplace, run: Run) -> None:
         self.spec, self.run = spec, run
+        check_plain(run.adapted.branches())  # now, and not when training is over
 
     def finish(self) -> None:
         (name,) = self.run.adapted.active

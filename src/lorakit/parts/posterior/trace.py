@@ -29,6 +29,7 @@ class Seen(NamedTuple):
 @contextmanager
 def traced(branches: Sequence[Branch], sink: Callable[[str, Seen], None]) -> Iterator[None]:
     """`sink(site, seen)` is called at every backward through a site; ids are one-hot rows. Raises Incompatible without a plain pair."""
+    check_plain(branches)
     hooks = [b.delta.register_forward_hook(_hook(b, sink)) for b in branches]
     try:
         yield
@@ -37,11 +38,15 @@ def traced(branches: Sequence[Branch], sink: Callable[[str, Seen], None]) -> Ite
             hook.remove()
 
 
-def _hook(branch: Branch, sink: Callable[[str, Seen], None]) -> Callable[..., None]:
-    delta = branch.delta
-    if not isinstance(delta, LowRank) or delta.g is not None or delta.A0 is not None:
-        raise Incompatible(f"the posterior is over plain pairs of A and B; {branch.site.name} has another delta")
+def check_plain(branches: Sequence[Branch]) -> None:
+    """Raise Incompatible unless every site has a plain pair."""
+    for branch in branches:
+        delta = branch.delta
+        if not isinstance(delta, LowRank) or delta.g is not None or delta.A0 is not None:
+            raise Incompatible(f"the posterior is over plain pairs of A and B; {branch.site.name} has another delta")
 
+
+def _hook(branch: Branch, sink: Callable[[str, Seen], None]) -> Callable[..., None]:
     def forward(module: LowRank, args: tuple[Tensor, Any], out: Tensor) -> None:
         x = args[0].detach()
         x = x if x.is_floating_point() else F.one_hot(x, branch.site.d_in).to(out.dtype)
