@@ -73,6 +73,14 @@ def test_show_says_where_a_part_is_defined():
     assert "init = Principal(niter=0)\n    lorakit/methods/learning/pissa.py:" in stdout
 
 
+def test_show_of_a_composition_shows_each_method():
+    stdout = run("show", "qlora+dora")
+    assert '@method("qlora"' in stdout
+    assert '@method("dora"' in stdout
+    assert "LoRA on a base stored in four bits" in stdout
+    assert "combine = DecomposedSpec" in stdout
+
+
 def test_show_names_the_nearest_method():
     assert refused("show", "pisssa") == "error: no method is called 'pisssa'. Did you mean 'pissa'?\n"
 

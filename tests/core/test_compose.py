@@ -49,6 +49,7 @@ def test_what_any_trains_whole_is_trained_whole() -> None:
         ("riemannian+loraplus", "their own optim"),
         ("bilora+dfo_lora", "their own loop"),
         ("vera+rslora", "another kind of update"),
+        ("increlora+adalora", "each set the gate"),
     ],
 )
 def test_what_cannot_be_had_at_once_is_refused(name: str, says: str) -> None:
@@ -90,3 +91,13 @@ def test_compositions_go_to_peft_in_the_form_of_the_part_that_decides(name: str,
         theirs = PeftModel.from_pretrained(base(), tmp_path / "p").eval()
     assert far(logits(theirs, batch()), want) < 1e-4
     assert isinstance(adapted.methods["default"].combine, AddSpec) == ("dora" not in name)
+
+
+def test_a_name_that_only_looks_the_same_stays_apart() -> None:
+    """`ratio` is λ in delta_lora and B's rate in loraplus: neither takes the other's default, and none can be given for both."""
+    both = get_method("delta_lora+loraplus")
+    assert both.controllers == get_method("delta_lora").controllers
+    assert both.optim == get_method("loraplus").optim
+    with pytest.raises(BadParameter, match="delta_lora and loraplus each have a parameter 'ratio'"):
+        get_method("delta_lora+loraplus", ratio=4.0)
+    assert get_method("dora+rslora", r=4).delta.rank.r == 4  # type: ignore[union-attr]

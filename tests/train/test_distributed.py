@@ -24,7 +24,7 @@ def launched(words: list[str], port: int, kind: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(FLAGS))
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "eva", "lora_ga"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "eva", "lora_ga", "bilora", "dfo_lora"])
 def test_two_processes_end_where_one_ends(tmp_path: Path, kind: str, method: str) -> None:
     odd = tmp_path / "three.jsonl"  # three windows for two processes: one has more batches than the other
     odd.write_text("".join(json.dumps({"text": f"held out {i} " + "abc de " * 6}) + "\n" for i in range(3)))

@@ -20,6 +20,10 @@ KEYS = {
     "riemannian": {"dropout": 0.1},
     "sora": {"xi": 0.05, "stages": 3},
     "dylora": {"r": 4, "dropout": 0.1},
+    "relora": {"period": 3, "warmup": 1},
+    "increlora": {"target_r": 4, "add": 2, "ramp": 2},
+    "bilora": {},
+    "dfo_lora": {"population": 4, "d": 8},
     "flora_gc": {"r": 4, "kappa": 3, "beta1": 0.5, "accumulate": True, "gradient_accumulation_steps": 2},
 }
 
@@ -59,6 +63,32 @@ def test_a_run_cut_in_two_ends_with_the_same_bytes(tmp_path: Path, method: str, 
     train(config(tmp_path, output_dir=str(tmp_path / "cut"), resume="auto", **keys), quiet=True)
     assert adapter_bytes(tmp_path / "whole") == adapter_bytes(tmp_path / "cut")
     assert steps_and_losses(tmp_path / "whole") == steps_and_losses(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("method", ["relora", "increlora"])
+def test_the_best_step_is_taken_back_when_the_adapter_has_grown_since(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its legs, or its ranks, were fewer then; the base gives back the legs that it holds."""
+    from lorakit.adapters.io import load_adapter
+    from lorakit.train.run import Run
+
+    keys = {"method": method, "max_steps": 11, "save_steps": 0, "eval_steps": 4, "load_best_model_at_end": True, **KEYS[method]}
+    real, seen = Run.evaluate, list[tuple[int, float]]()
+
+    def worse_and_worse(self: Run, task: object = None) -> dict[str, float]:
+        found = real(self)
+        seen.append((self.at.step, found["loss"]))
+        return found | {"loss": float(self.at.step)}
+
+    monkeypatch.setattr(Run, "evaluate", worse_and_worse)
+    train(config(tmp_path, output_dir=str(tmp_path / "out"), **keys), quiet=True)
+    kept, best = (load_adapter(tmp_path / "out" / name).tensors for name in ("adapter", "best"))
+    name = next(k for k in kept if k.endswith(".A0" if method == "relora" else ".A"))
+    assert len(kept[name]) == len(best[name]) - (2 if method == "increlora" else 0), "without its reserves"
+    if method == "relora":
+        assert all((kept[k] == best[k]).all() for k in kept)
+    (first, at_best), *_, (last, at_end) = seen
+    assert (first, last) == (4, 11)
+    assert abs(at_end - at_best) < 1e-3
 
 
 def steps_and_losses(out: Path) -> list[tuple]:

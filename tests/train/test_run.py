@@ -264,3 +264,9 @@ def test_yaml_keys_and_flags_agree(tmp_path: Path) -> None:
         }
     )
     assert found == same
+
+
+def test_a_method_that_trains_no_module_whole_cannot_train_a_new_head(tmp_path: Path) -> None:
+    data = class_file(tmp_path / "classes.jsonl")
+    with pytest.raises(Incompatible, match="dfo_lora trains no module whole"):
+        train(config(tmp_path, method="dfo_lora", train_data=data), quiet=True)

@@ -31,13 +31,13 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="One JSON list, f
     _console().print(table)
 
 
-def show(method: Annotated[str, typer.Argument(metavar="METHOD", help="A method's id, as `lorakit list` prints it.")]) -> None:
+def show(method: Annotated[str, typer.Argument(metavar="METHOD", help="A method's id, as `lorakit list` prints it, or `a+b`.")]) -> None:
     """Show one method. The paper's equations, then the code, then the resolved parts at its defaults."""
     entry = describe(method)
     console = _console()
     console.rule(f"[bold]{entry.name}[/bold]: {entry.paper}, survey {entry.survey}, {entry.heading}, {entry.kind}", align="left")
     console.print(page.paper(entry), markup=False, highlight=False, soft_wrap=True)
-    console.rule(f"code: {page.source_line(entry.make)}", align="left")
+    console.rule(f"code: {', '.join(page.source_line(one.make) for one in page.members(entry))}", align="left")
     console.print(Syntax(page.code(entry), "python", theme="ansi_dark", background_color="default"))
     console.rule(f"parts of get_method({entry.name!r})", align="left")
     for name, value in page.parts(get_method(entry.name)).items():

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from typing import Any
 
-from lorakit.core.method import Entry, Method
+from lorakit.core.method import Entry, Method, describe
 
 
 def parameters(entry: Entry) -> str:
@@ -12,14 +12,19 @@ def parameters(entry: Entry) -> str:
     return " ".join(f"{name}={spelled(p.default, quote=False)}" for name, p in entry.parameters.items())
 
 
+def members(entry: Entry) -> list[Entry]:
+    """The registered methods of a composition `a+b`, in order; any other is its own only one."""
+    return [describe(name) for name in entry.name.split("+")] if "+" in entry.name else [entry]
+
+
 def paper(entry: Entry) -> str:
     """The module's docstring: equations with shapes, what is trained, defaults, references."""
-    return inspect.getdoc(inspect.getmodule(entry.make)) or ""
+    return "\n\n".join(inspect.getdoc(inspect.getmodule(one.make)) or "" for one in members(entry))
 
 
 def code(entry: Entry) -> str:
     """Source of the registered function, decorator included."""
-    return inspect.getsource(entry.make).rstrip()
+    return "\n\n\n".join(inspect.getsource(one.make).rstrip() for one in members(entry))
 
 
 def parts(method: Method) -> dict[str, Any]:

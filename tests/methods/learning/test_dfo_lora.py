@@ -1,5 +1,6 @@
 """Derivative-free LoRA's acceptance properties (arXiv:2403.01754)."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit import Adapted, attach, get_method
 from lorakit.core.calibrate import Calibration
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.events import Step
 from lorakit.methods.learning import dfo_lora as module
 from lorakit.methods.learning.dfo_lora import AskTell, clipped_std
@@ -92,6 +93,11 @@ class Toy:
 
     def stream(self) -> Any:
         return iter(lambda: [{}], None)
+
+    processes = 1
+
+    def total_(self, tensor: Tensor) -> None:
+        """One process."""
 
     def calibration(self, n: int) -> Calibration:
         return Calibration([{}], lambda model, _: (model["w"](self.x).sum(), 1))
@@ -187,3 +193,28 @@ def test_impossible_searches_are_refused() -> None:
     for kwargs in ({"d": 2}, {"population": 2}, {"sigma": 0.0}):
         with pytest.raises(BadParameter, match="at least 4"):
             module.dfo_lora(**kwargs)  # type: ignore[arg-type]
+
+
+def test_what_a_search_would_ignore_or_undo_is_refused() -> None:
+    for name in ("dfo_lora+lora_fa", "dfo_lora+pissa", "dfo_lora+increlora", "vera+dfo_lora"):
+        with pytest.raises(Incompatible, match="from zero, and nothing else"):
+            Run(subject(name, awake=False), total=20)
+    with pytest.raises(Incompatible, match="no gradient step"):
+        Run(subject("dfo_lora+loraplus", awake=False), total=20)
+
+
+def test_processes_have_the_same_maps_though_one_has_no_batch() -> None:
+    """Each measures its own batch; a process without one takes the others' widths."""
+
+    def width(batches: list[dict[str, Any]], others: tuple[float, float]) -> float:
+        toy = Toy(squared, 1)
+        toy.processes = 2
+        toy.total_ = lambda t: t.add_(torch.tensor([others], dtype=t.dtype))  # type: ignore[method-assign]
+        data = toy.calibration(1)
+        toy.calibration = lambda n: replace(data, batches=batches)  # type: ignore[method-assign]
+        return module.input_widths(toy, toy.adapted.branches())["w"]  # type: ignore[arg-type]
+
+    mine = clipped_std(normal(64, 6, seed=4, dtype=torch.float32).flatten())
+    assert width([{}], (0.0, 0.0)) == pytest.approx(mine)
+    assert width([{}], (3.0, 1.0)) == pytest.approx((mine + 3) / 2)
+    assert width([], (3.0, 1.0)) == 3.0

@@ -255,3 +255,11 @@ def test_every_variant_trains_resumes_and_reloads(variant: str) -> None:
 def test_a_mixtures_experts_are_refused() -> None:
     with pytest.raises(Incompatible, match="cannot adapt"):
         attach(base("mixtral"), get_method("reslora", r=2, sites="experts"))
+
+
+def test_ranks_may_differ_along_a_chain_only_where_products_are_added() -> None:
+    pattern = {r"layers\.1\.self_attn\.q_proj": 2}
+    with pytest.raises(BadParameter, match=r"q_proj of rank 2 cannot add .*q_proj of rank 4"):
+        subject("reslora", variant="ms", r=4, sites=["q_proj"], rank_pattern=pattern)
+    adapted = subject("reslora", variant="bs", r=4, sites=["q_proj"], rank_pattern=pattern)
+    assert [b.delta.bound() for b in adapted.branches()] == [4, 6]

@@ -99,6 +99,26 @@ def test_for_one_example_kfac_is_the_exact_gauss_newton_matrix() -> None:
     assert curvature_error() < 1e-6
 
 
+def test_an_input_counts_though_its_first_class_is_impossible() -> None:
+    """p = 0 in floating point sends no gradient; the other classes do."""
+
+    def inputs(first: float) -> Tensor:
+        torch.manual_seed(0)
+        model = Classifier()
+        adapted = attach(model, get_method("laplace_lora", sites="w", n_kfac=5, prior_variance=0.5, r=2))
+        with torch.no_grad():
+            model.bias.copy_(torch.tensor([first, 0.0, 0.0], dtype=torch.float64))
+            for i, p in enumerate(adapted.params()):
+                p.tensor.copy_(normal(*p.tensor.shape, seed=30 + i))
+        (spec,) = adapted.methods["default"].controllers
+        spec.build(Toy(adapted, normal(4, 1, 5, seed=1), torch.arange(4) % 3)).finish()  # type: ignore[arg-type]
+        posterior: Any = adapted.shared("default")[NAME]
+        wide = posterior.of("w", "A").wide
+        return wide @ wide.T
+
+    assert far(inputs(-2000.0), inputs(0.0)) < 1e-9
+
+
 def test_mutants_of_the_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as m:  # labels from the data, not from the model
         m.setattr(module, "fisher_terms", lambda logits, rng: [F.log_softmax(logits, -1)[:, 0].sum()])
@@ -234,6 +254,14 @@ def test_impossible_parameters_are_refused() -> None:
         get_method("laplace_lora", n_kfac=0)
     with pytest.raises(BadParameter, match="prior_variance=-1"):
         Laplace(-1.0, 0)
+
+
+def test_another_kind_of_update_is_refused_before_training_and_not_after() -> None:
+    from tests.laws.steps import Run
+
+    for name in ("laplace_lora+pissa", "laplace_lora+relora", "adalora+laplace_lora"):
+        with pytest.raises(Incompatible, match="plain pairs"):
+            Run(subject(name, awake=False), total=4)
 
 
 @pytest.mark.slow

@@ -185,6 +185,64 @@ def test_what_a_low_precision_base_loses_is_noted() -> None:
         assert {b.delta.absorbed for b in run.adapted.branches()} == {0}
 
 
+def test_parts_of_a_fused_weight_share_a_base_and_lose_nothing() -> None:
+    from lorakit import attach
+    from lorakit.data.tiny import tiny_model
+
+    model = tiny_model("gpt2")
+    run = Run(attach(model, get_method("relora", r=2, dropout=0.0, period=2, warmup=0, sites="qv")), total=7).steps(7)
+    before = logits(model.eval(), batch())
+    assert far(logits(run.finish().model, batch()), before) < 1e-5
+    assert run.adapted.notes == []
+
+
+def test_scaled_in_the_middle_all_of_it_is_scaled() -> None:
+    run = Run(subject("relora", awake=False, dropout=0.0), total=9)
+    adapted = run.adapted
+    want = logits(adapted.model.eval(), batch())
+    run.steps(5)
+    moved = logits(adapted.model.eval(), batch())
+    assert far(moved, want) > 1e-3
+    adapted.scale("default", 0.0)
+    assert same_bits(logits(adapted.model, batch()), want)
+    run.controllers[0].before_forward(Step(5, 9))
+    assert same_bits(logits(adapted.model, batch()), want), "what is scaled is not absorbed"
+    adapted.scale("default", 1.0)
+    assert far(logits(adapted.model, batch()), moved) < 1e-5
+
+
+def test_a_gate_is_forgotten_with_its_pair() -> None:
+    run = Run(subject("bilora+relora", awake=False, period=3, warmup=0), total=6).steps(3)
+    gates = [p.tensor for p in run.adapted.params() if p.role == "g"]
+    assert all(g in run.optimizer.state for g in gates)
+    run.controllers[0].before_forward(Step(3, 6))
+    assert not any(g in run.optimizer.state for g in gates)
+
+
+def test_legs_of_other_ranks_are_absorbed_whole() -> None:
+    adapted = subject("relora", awake=False, dropout=0.0, sites=["q_proj"])
+    for branch in adapted.branches():
+        delta: Any = branch.delta
+        before = branch.base.dense(torch.float64)
+        for r in (4, 6, 3):
+            delta.resize(r)
+            delta.A.data.normal_()
+            delta.B.data.normal_()
+            delta.retire()
+        delta.A.data.zero_()
+        whole = delta.weight().double()
+        delta.absorb_(branch.base)
+        assert delta.absorbed == 13
+        assert far(branch.base.dense(torch.float64) - before, whole) < 1e-5
+        branch.expel()
+
+
+@pytest.mark.parametrize(("name", "says"), [("pissa+relora", "anchor"), ("dfo_lora+relora", "no start of its own")])
+def test_what_cannot_be_restarted_is_refused_before_it_runs(name: str, says: str) -> None:
+    with pytest.raises(Incompatible, match=says):
+        Run(subject(name, awake=False, period=2, warmup=0), total=4)
+
+
 def test_impossible_schedules_are_refused() -> None:
     for kwargs, says in (({"period": 0}, "period=0"), ({"period": 10, "warmup": 10}, "warm-up of 10"), ({"prune": 1.5}, "prune=1.5")):
         with pytest.raises(BadParameter, match=says):

@@ -167,8 +167,6 @@ def test_it_wins_where_the_sites_need_unequal_ranks() -> None:
 
 def test_it_loses_where_training_is_too_short_for_what_it_grows_late() -> None:
     """On one site that needs all its rank at once, components that come late have learned less."""
-    model = {"r": 8} | {}
-    assert model["r"] == 8
     target = teacher(16, 16, [3.0, 2.8, 2.6, 2.4, 2.2, 2.0, 1.8, 1.6])
 
     def after(method: str, **kwargs: Any) -> float:
@@ -216,3 +214,14 @@ def test_a_run_too_short_for_its_schedule_is_refused() -> None:
         get_method("increlora", init_r=4, target_r=3)
     with pytest.raises(BadParameter, match="at least"):
         get_method("increlora", add=0)
+
+
+def test_a_target_that_cannot_be_reached_is_refused() -> None:
+    """Growth takes `add` a step at each site, and reserves need room beside what is active."""
+    with pytest.raises(BadParameter, match=r"in this run's 4 steps they get \d+ of"):
+        run_of(total=4, target_r=20, add=2)
+    with pytest.raises(BadParameter, match="room for"):
+        run_of(total=60, target_r=31, add=2)
+    for total in (3, 5, 12):  # what is accepted arrives
+        run = run_of(total=total, target_r=3, add=2).steps(total)
+        assert sum(ranks(run.adapted)) == 3 * len(run.adapted.branches())

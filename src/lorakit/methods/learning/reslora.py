@@ -140,7 +140,7 @@ class ResidualSpec(DeltaSpec):
             odd = [f"{name} of rank {other}" for name, other in others.items() if other != r]
             if odd:
                 raise BadParameter(
-                    f"{site.name} of rank {r} cannot add what {odd[0]} sends it; with variant='ms' give sites of one kind one rank, or use 'bs'"
+                    f"{site.name} of rank {r} cannot add what {odd[0]} sends it; variant='ms' needs one rank for sites of one kind"
                 )
 
     def count(self, site: Site) -> int:

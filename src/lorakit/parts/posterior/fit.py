@@ -87,20 +87,26 @@ class Curvature:
         self.found = {(b.site.name, n): posterior.of(b.site.name, n) for b in branches for n in ("A", "B")}
         self.found = {key: Kronecker(torch.zeros_like(k.wide), torch.zeros_like(k.square)) for key, k in self.found.items()}
         self.tokens = dict.fromkeys((b.site.name for b in branches), 0)
-        self.seen_in = dict.fromkeys(self.tokens, -1)
+        self.counted: dict[str, tuple[int, Tensor]] = {}
 
     @torch.no_grad()
     def add(self, site: str, seen: Seen) -> None:
         """One backward through a site. Inputs count once a forward, gradients at every class."""
-        dy = seen.dy.flatten(0, -2)
-        real = dy.abs().amax(-1) > 0
-        x, dz, z, dy = (t.flatten(0, -2)[real].to(self.posterior.variance.dtype) for t in seen)
-        fresh, self.seen_in[site] = self.seen_in[site] != self.batches, self.batches
+        real = seen.dy.flatten(0, -2).abs().amax(-1) > 0
+        x, dz, z, dy = (t.flatten(0, -2).to(self.posterior.variance.dtype) for t in seen)
+        fresh = real & ~self._counted(site, real)
         a, b = self.found[site, "A"], self.found[site, "B"]
-        a_wide, b_square = (updated(a.wide, x), b.square + z.T @ z) if fresh else (a.wide, b.square)
-        self.tokens[site] += len(x) if fresh else 0
-        self.found[site, "A"] = Kronecker(a_wide, a.square + dz.T @ dz)
-        self.found[site, "B"] = Kronecker(updated(b.wide, dy), b_square)
+        a_wide, b_square = (updated(a.wide, x[fresh]), b.square + z[fresh].T @ z[fresh]) if fresh.any() else (a.wide, b.square)
+        self.tokens[site] += int(fresh.sum())
+        self.found[site, "A"] = Kronecker(a_wide, a.square + dz[real].T @ dz[real])
+        self.found[site, "B"] = Kronecker(updated(b.wide, dy[real]), b_square)
+
+    def _counted(self, site: str, real: Tensor) -> Tensor:
+        """Which inputs of this forward have been counted at an earlier class: a class of probability 0 sends no gradient. Now these are."""
+        batch, mask = self.counted.get(site, (-1, real))
+        before = mask if batch == self.batches and mask.shape == real.shape else torch.zeros_like(real)
+        self.counted[site] = self.batches, before | real
+        return before
 
     @torch.no_grad()
     def store(self, run: Run) -> None:
