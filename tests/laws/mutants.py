@@ -14,7 +14,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.adapters import peft_form
+from lorakit.adapters.peft_types import adalora as peft_adalora
 from lorakit.core import adapter as adapter_module
 from lorakit.core import attach as attach_module
 from lorakit.core import base as base_module
@@ -251,7 +251,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L5", "the export confuses the triplets' gates", "adalora", test_l5_files.check_L5_peft)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, peft_form, "_triplets", lambda pair, *_: dataclasses.replace(pair, E=pair.E.flip(0)))
+    after(m, peft_adalora, "_triplets", lambda pair, *_: dataclasses.replace(pair, E=pair.E.flip(0)))
 
 
 # --- L6, L7, L8 -------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def config(tmp: Path, **keys: Any) -> TrainConfig:
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 2, "logging_steps": 2,
     }  # fmt: skip
     known = describe(str(keys.get("method", "lora"))).parameters
-    small = {k: v for k, v in {**SMALL, "r": 2, "target_r": 2}.items() if k in known}
+    small = {k: v for k, v in {**SMALL, "r": 4 if "n" in known else 2, "target_r": 2}.items() if k in known}
     return make_config(small | defaults | keys)
 
 

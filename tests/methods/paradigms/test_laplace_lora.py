@@ -107,11 +107,13 @@ def test_an_input_counts_though_its_first_class_is_impossible() -> None:
         model = Classifier()
         adapted = attach(model, get_method("laplace_lora", sites="w", n_kfac=5, prior_variance=0.5, r=2))
         with torch.no_grad():
-            model.bias.copy_(torch.tensor([first, 0.0, 0.0], dtype=torch.float64))
             for i, p in enumerate(adapted.params()):
                 p.tensor.copy_(normal(*p.tensor.shape, seed=30 + i))
+        run, shift = Toy(adapted, normal(4, 1, 5, seed=1), torch.arange(4) % 3), torch.tensor([first, 0.0, 0.0], dtype=torch.float64)
+        scored = run.scored
+        run.scored = lambda b: (s := scored(b))._replace(outputs=s.outputs + shift)  # type: ignore[method-assign]
         (spec,) = adapted.methods["default"].controllers
-        spec.build(Toy(adapted, normal(4, 1, 5, seed=1), torch.arange(4) % 3)).finish()  # type: ignore[arg-type]
+        spec.build(run).finish()  # type: ignore[arg-type]
         posterior: Any = adapted.shared("default")[NAME]
         wide = posterior.of("w", "A").wide
         return wide @ wide.T

@@ -32,7 +32,8 @@ def traced(branches: Sequence[Branch], sink: Callable[[str, Seen], None]) -> Ite
     check_plain(branches)
     hooks = [b.delta.register_forward_hook(_hook(b, sink)) for b in branches]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # a compiled backward runs once, and this one once a class
+            yield
     finally:
         for hook in hooks:
             hook.remove()
