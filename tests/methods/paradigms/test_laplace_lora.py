@@ -287,3 +287,27 @@ def test_it_calibrates_a_real_classifier(tmp_path: Path) -> None:
     assert found["posterior_nll"] < found["nll"]
     assert found["posterior_ece"] < found["ece"]
     assert found["posterior_accuracy"] >= found["accuracy"] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_fitted_too(tmp_path: Path) -> None:
+    """Its own backward could run once only; the posterior needs one a class."""
+    from lorakit.adapters.io import load_adapter
+    from lorakit.train.train import train
+    from tests.train.runs import class_file, config
+
+    found = []
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        keys = {
+            "method": "laplace_lora",
+            "train_data": class_file(tmp_path / "c.jsonl"),
+            "sites": ["q_proj"],
+            "max_steps": 2,
+            "save_steps": 0,
+        }
+        train(config(tmp_path, output_dir=str(out), torch_compile=compiled, **keys), quiet=True)
+        found.append(load_adapter(out / "adapter").tensors["lora_shared.posterior.variance"])
+    assert found[0] > 0
+    assert far(found[1], found[0]) < 0.05

@@ -135,13 +135,14 @@ class AskTell(Loop):
 
 
 def input_widths(run: Run, branches: list[Branch]) -> dict[str, float]:
-    """The clipped standard deviation of each site's input on one batch; the mean over processes, each of which takes one."""
-    found: dict[str, float] = {}
+    """The clipped standard deviation of each site's input on one batch a process; their mean."""
+    sums, runs = dict.fromkeys((b.site.name for b in branches), 0.0), dict.fromkeys((b.site.name for b in branches), 0)
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
-            found[name] = clipped_std(x.float().flatten()) if x.is_floating_point() else 1.0
+            sums[name] += clipped_std(x.float().flatten()) if x.is_floating_point() else 1.0
+            runs[name] += 1
 
         return hook
 
@@ -150,13 +151,13 @@ def input_widths(run: Run, branches: list[Branch]) -> dict[str, float]:
     training = model.training
     try:
         with torch.no_grad():
-            for batch in data.batches[:1]:  # fewer data than processes: the others' count
+            for batch in data.batches:  # none where there are fewer than processes; all under a sharded base
                 data.loss(model.eval(), batch)
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    widths = torch.tensor([[found.get(b.site.name, 0.0), b.site.name in found] for b in branches], dtype=torch.float64)
+    widths = torch.tensor([[sums[b.site.name], runs[b.site.name]] for b in branches], dtype=torch.float64)
     run.total_(widths)  # the same maps everywhere
     return {b.site.name: total / n if n else 1.0 for b, (total, n) in zip(branches, widths.tolist(), strict=True)}
 
