@@ -18,7 +18,7 @@ from lorakit.adapters.peft_types import adalora as peft_adalora
 from lorakit.core import adapter as adapter_module
 from lorakit.core import attach as attach_module
 from lorakit.core import base as base_module
-from lorakit.core import context, layer, random
+from lorakit.core import context, layer, prepare, random
 from lorakit.core import method as method_module
 from lorakit.core.attach import Adapted
 from lorakit.core.delta import Factors
@@ -95,7 +95,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L0", "detach leaves its checkpointing context", "lora", test_l0_detach.check_L0)
 def _(m: pytest.MonkeyPatch) -> None:
-    m.setattr(attach_module, "_leave_context", lambda model, cell: None)
+    m.setattr(attach_module, "leave_context", lambda model, cell: None)
 
 
 @mutant("L0", "restoring copies the weight instead of keeping the object", "dora", test_l0_detach.check_L0)
@@ -471,17 +471,17 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L14", "the context is not carried at all", "dora", test_l14_checkpointing.check_L14)
 def _(m: pytest.MonkeyPatch) -> None:
-    m.setattr(attach_module, "_carry_context", lambda model, cell: None)
+    m.setattr(prepare, "_carry_context", lambda model, cell: None)
 
 
 @mutant("L14", "reentrant checkpointing is let through", "lora", test_l14_checkpointing.check_L14_reentrant)
 def _(m: pytest.MonkeyPatch) -> None:
-    m.setattr(attach_module, "_carry_context", lambda model, cell: None)
+    m.setattr(prepare, "_carry_context", lambda model, cell: None)
 
 
 @mutant("L14", "the first attach's context is kept", "lora", test_l14_checkpointing.check_L14_again)
 def _(m: pytest.MonkeyPatch) -> None:
-    m.setattr(attach_module, "_leave_context", lambda model, cell: None)
+    m.setattr(attach_module, "leave_context", lambda model, cell: None)
 
 
 # --- L15, L16, L17 ----------------------------------------------------------------------------------------------------------

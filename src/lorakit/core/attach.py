@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import random
 from lorakit.core.adapter import POOL, UNFROZEN, Adapter
-from lorakit.core.base import Base, BaseSpec, base_of, expand, hosts
+from lorakit.core.base import BaseSpec, expand, hosts
 from lorakit.core.calibrate import Calibration, observe
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta
 from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, NotMergeable, did_you_mean
 from lorakit.core.events import Assembled, Calibrated, Init
 from lorakit.core.fingerprint import Fingerprint, fingerprint
+from lorakit.core.fresh import branch_at, key_of, not_both, shared_of, sites_for
 from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
 from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
+from lorakit.core.prepare import Prepare, leave_context
 from lorakit.core.shared import Patch, Shared, take_shapes
-from lorakit.core.site import ROOT, Beyond, Site, Where, select, sites_of, strange_stacks
+from lorakit.core.site import ROOT, Beyond, Site, Where, strange_stacks
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
 
 
@@ -68,7 +69,7 @@ class Adapted:
         self._installed: list[Patch] = []
         self._required = [(p, p.requires_grad) for p in model.parameters()]
         self._tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
-        self._hook = model.register_forward_pre_hook(_Prepare(self.cell))
+        self._hook = model.register_forward_pre_hook(Prepare(self.cell))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
@@ -96,23 +97,23 @@ class Adapted:
         method = self._assembled(what) if isinstance(what, Method) else what.method()
         if method.base is not None:
             self._store(method.base)
-        sites = _sites(self.model, method, what)
+        sites = sites_for(self.model, method, what)
         seed = self.seed if seed is None else seed
         try:
             self.methods[name], self.unfrozen[name] = method, []
             init = self._init(method, sites, calibration) if isinstance(what, Method) else None
             self.unfrozen[name] = self._unfreeze(method)
             if method.combine.full_rank():
-                _not_both(sites, self.unfrozen[name])
+                not_both(sites, self.unfrozen[name])
             shared = self._share(name, method, sites, seed)
             slots = self._slots([s.module for s in sites])
             for site in sites:
                 slot = slots[site.whole]
                 saved = what.of(site) if isinstance(what, Adapter) else {}
-                branch = _branch(site, slot.base, method, init, shared.get(POOL), seed, saved)
+                branch = branch_at(site, slot.base, method, init, shared.get(POOL), seed, saved)
                 idle = branch.delta.linear and branch.delta.bound() == 0 and branch.bias() is None
                 if saved or not idle:  # an init may leave a site without rank: left out
-                    slot.branches[_key(name, site)] = branch
+                    slot.branches[key_of(name, site)] = branch
             self._slots([path for branch in self.branches(name) for path in branch.delta.reads])
             self._restore_unused()
             if isinstance(what, Adapter):
@@ -178,7 +179,7 @@ class Adapted:
         while self._stored:
             self._stored.pop()()
         self._hook.remove()
-        _leave_context(self.model, self.cell)
+        leave_context(self.model, self.cell)
         self.model.__dict__.pop("resize_token_embeddings", None)
         for p, required in self._required:
             p.requires_grad_(required)
@@ -375,18 +376,8 @@ class Adapted:
         return method.init.fit(observe(self.model, sites, method.init.needs, data), sites)
 
     def _share(self, name: str, method: Method, sites: list[Site], seed: int) -> dict[str, Shared]:
-        """Build the pool and the patches, under the model's root."""
-        host = base_of(self.model.get_submodule(sites[0].module), sites[0].attribute) if sites else next(self.model.parameters())
-        dtype, device = torch.promote_types(host.dtype, torch.float32), host.device
-        made: dict[str, Shared | None] = {}
-        if method.delta is not None:
-            rng = random.generator(seed, POOL)
-            every = [s for s in sites_of(self.model) if s.kind in method.delta.kinds]
-            made[POOL] = method.delta.pool(sites, every=every, rng=rng, dtype=dtype, device=device)
-        for patch in method.patches:
-            rng = random.generator(seed, patch.name)
-            made[patch.name] = patch.build(self.model, sites, cell=self.cell, rng=rng, dtype=dtype, device=device)
-        shared = {child: module.train(self.model.training) for child, module in made.items() if module is not None}
+        """Put what the sites share under the model's root."""
+        shared = shared_of(self.model, method, sites, self.cell, seed)
         if shared:
             if ROOT not in self.model._modules:
                 self.model.add_module(ROOT, nn.ModuleDict())
@@ -504,102 +495,12 @@ class Adapted:
             self.notes.append(f"{len(strange)} weights of experts have a form that cannot be adapted and stay frozen: {strange[0]}, …")
 
 
-class _Prepare:
-    """Before each forward of the model: a fresh step for masks in training, and checkpointing that recomputes under the forward's own
-    context."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.cell.reads:
-            self.cell.value = replace(self.cell.value, memo={})
-        if model.training:
-            if self.cell.draws and not self.cell.given:  # a delta without masks leaves the base's own dropout as it was
-                self.cell.value = Ctx(torch.stack([torch.zeros((), dtype=torch.int64), torch.randint(2**31, ())]))
-            if not torch.compiler.is_compiling():
-                _carry_context(model, self.cell)
-
-
 def _refuse_resize(*args: Any, **kwargs: Any) -> None:
     raise Incompatible("an embedding or head of this model is adapted and cannot be resized: detach() first, resize, then attach again")
 
 
-def _carry_context(model: nn.Module, cell: Cell) -> None:
-    for module in model.modules():
-        func = getattr(module, "_gradient_checkpointing_func", None)
-        if func is None or not getattr(module, "gradient_checkpointing", False) or "context_fn" in getattr(func, "keywords", {}):
-            continue
-        if getattr(func, "keywords", {}).get("use_reentrant", True):
-            raise Incompatible(
-                "reentrant activation checkpointing cannot restore an adapter's context; "
-                "use model.activation_checkpointing_enable({'use_reentrant': False})"
-            )
-        module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **func.keywords, context_fn=cell.checkpoint_contexts)  # type: ignore[assignment]
-
-
-def _leave_context(model: nn.Module, cell: Cell) -> None:
-    for module in model.modules():
-        func = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(func, "keywords", {}).get("context_fn") == cell.checkpoint_contexts:
-            rest = {k: v for k, v in func.keywords.items() if k != "context_fn"}  # type: ignore[union-attr]
-            module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **rest)  # type: ignore[union-attr, assignment]
-
-
-def _sites(model: nn.Module, method: Method, what: Method | Adapter) -> list[Site]:
-    if method.delta is None:
-        return []
-    if isinstance(what, Method):
-        sites = select(model, method.sites)
-        method.check(sites)  # an error before anything is changed
-        return sites
-    here = {s.name: s for s in sites_of(model)}
-    for site in what.sites:
-        found = here.get(site.name)
-        if found is None:
-            raise AdapterMismatch(f"the adapter has a site {site.name!r} that this model lacks. {did_you_mean(site.name, here)}")
-        if (found.d_out, found.d_in, found.rows, found.experts) != (site.d_out, site.d_in, site.rows, site.experts):
-            raise AdapterMismatch(
-                f"the adapter was made for a base of other shapes: {site.name} is {site.d_out} × {site.d_in} there, "
-                f"{found.d_out} × {found.d_in} here"
-            )
-    method.check_kinds(what.sites)
-    return list(what.sites)
-
-
-def _not_both(sites: list[Site], unfrozen: list[Unfrozen]) -> None:
-    """A combine that rescales W may remember it, and W must stay."""
-    weights = {f"{site.module}.{site.attribute}" for site in sites}
-    both = [entry.name for entry in unfrozen if entry.name in weights]
-    if both:
-        raise Incompatible(f"{both[0]} is rescaled (sites) and trained whole (unfreeze); leave it out of one of the two")
-
-
-def _branch(
-    site: Site, host: Base, method: Method, init: Init | None, pool: Shared | None, seed: int, saved: Mapping[str, Tensor]
-) -> Branch:
-    """One site's fresh branch. `saved`: a finished adapter's tensors, whose shapes it takes."""
-    assert method.delta is not None
-    dtype = torch.promote_types(host.dtype, torch.float32)
-    delta = method.delta.build(site, pool=pool, dtype=dtype, device=host.device)
-    take_shapes(delta.fit, {k: v.shape for k, v in saved.items()}, site.name)
-    shell = Branch(site, host, delta, _Unset())  # type: ignore[arg-type]  # gives the init the base as the site sees it
-    if init is not None:
-        init(delta, shell.base, site, random.generator(seed, site.name))
-    shell.combine = method.combine.build(site, shell.base, delta)
-    return shell.train(host.module.training)
-
-
-class _Unset(nn.Module):
-    pass
-
-
 def _tensors(branch: Branch) -> dict[str, Tensor]:
     return {**branch.delta.state_dict(), **branch.combine.state_dict()}
-
-
-def _key(name: str, site: Site) -> str:
-    return name + site.name[len(site.whole) :]
 
 
 def _tied_modules(model: nn.Module) -> set[int]:
