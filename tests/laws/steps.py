@@ -91,6 +91,8 @@ class Run:
             whole = sum(penalties, loss)
             if whole.requires_grad:  # a method may leave out the whole backward pass of a step
                 whole.backward()
+        if self.reduce is not None:
+            self.reduce([p.tensor.grad for p in self.adapted.params() if p.tensor.grad is not None])
         return shown, 1
 
     def _loss(self, batch: dict[str, Any], info: Step) -> tuple[Tensor, float]:
@@ -123,8 +125,6 @@ class Run:
 
     def update(self, info: Step) -> None:
         tensors = [p.tensor for p in self.adapted.params()]
-        if self.reduce is not None:
-            self.reduce([t.grad for t in tensors if t.grad is not None])
         for c in self.controllers:
             c.after_backward(info)
         norm = torch.nn.utils.clip_grad_norm_(tensors, self.clip)

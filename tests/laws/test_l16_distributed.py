@@ -39,7 +39,7 @@ def trained(name: str, rank: int | None, *, forget: bool = False) -> dict[str, T
         shard(adapted.model, adapted.params())
     Run(adapted, total=8, data=data, reduce=reduce).steps(STEPS)
     out = logits(adapted.model.eval(), batch())
-    return {f"grad {p.name}": g for p, g in zip(adapted.params(), gradients, strict=True)} | adapted.tensors("default") | {"logits": out}
+    return {f"grad {i}": g for i, g in enumerate(gradients)} | adapted.tensors("default") | {"logits": out}
 
 
 def work(rank: int, folder: str, names: list[str], forget: bool = False) -> None:

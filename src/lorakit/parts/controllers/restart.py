@@ -4,7 +4,7 @@ base absorbs it, a new pair starts, the optimizer forgets, and the rate warms up
     leg n:   ΔW_n = s B_n A_n        W + Σ ΔW_n is what the next leg trains on        rank(Σ) <= legs · r
 
 The legs stay in the adapter, which loads on the untouched base and is plain LoRA of rank Σ r_n. `absorb` off leaves them in the forward, at
-rank n·r, for a base that could not hold them exactly; what its storage loses is noted at the end.
+rank n·r, for a base that could not hold them exactly; what its storage loses is noted at the end. A sharded base never absorbs.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lorakit.core import random
 from lorakit.core.errors import BadParameter, Incompatible
@@ -63,7 +64,7 @@ class _Restart(Controller):
             for branch in self._branches():
                 self._new_leg(branch)
         if self.spec.absorb:  # after a resume or a look at the bare base, all legs again
-            for branch in [b for b in self._branches() if b.w == 1.0]:  # the base could not hold them at another size
+            for branch in [b for b in self._branches() if _can_absorb(b)]:
                 branch.delta.absorb_(branch.base)  # type: ignore[operator]
 
     def rate(self, step: Step) -> float:
@@ -126,6 +127,11 @@ def _lost(branches: list[Branch]) -> float:
         legs = -delta.s * (delta.B0 @ delta.A0)
         lost = max(lost, float((before - branch.base.dense(torch.float32) - legs).norm() / legs.norm().clamp_min(1e-30)))
     return lost
+
+
+def _can_absorb(branch: Branch) -> bool:
+    """Not at another size than 1, which the base could not hold, and not into a weight of which this process has a part only (FSDP2)."""
+    return branch.w == 1.0 and not isinstance(getattr(branch.base.module, branch.site.attribute), DTensor)
 
 
 def _kept(moment: Tensor, spec: Restart, rng: torch.Generator) -> Tensor:
