@@ -31,8 +31,8 @@ COMMON = {
     "r": "rank of the update",
     "alpha": "numerator of the scale s (core/scale.py)",
     "dropout": "probability of dropping an entry of the delta's input in training",
-    "sites": "preset (all-linear, linear-modules, attention, mlp, experts, router, qv, kv, attention-output, mlp-output, embedding), name "
-    "or suffix, glob, re:regex, or a list of those",
+    "sites": "preset (all-linear, linear-modules, attention, mlp, experts, router, qk, qv, kv, attention-output, mlp-output, embedding), "
+    "name or suffix, glob, re:regex, or a list of those",
     "rank_pattern": "r at sites whose name ends in a match of the regex: {regex: r}",
     "alpha_pattern": "alpha at sites whose name ends in a match of the regex: {regex: alpha}",
     "unfreeze": "modules or parameters trained whole beside the deltas: name, suffix or glob",
