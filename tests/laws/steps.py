@@ -75,6 +75,9 @@ class Run:
         info = Step(self.index, self.total)
         for c in self.controllers:
             c.before_forward(info)
+        rate = math.prod(c.rate(info) for c in self.controllers)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
         nats, n = self.loop.step(info)
         self.index += 1
         return torch.tensor(nats / n, dtype=torch.float64)
@@ -129,9 +132,6 @@ class Run:
             c.after_backward(info)
         norm = torch.nn.utils.clip_grad_norm_(tensors, self.clip)
         factor = min(1.0, self.clip / (norm.item() + 1e-6))
-        rate = math.prod(c.rate(info) for c in self.controllers)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
         self.optimizer.step()
         for c in self.controllers:
             c.after_step(Step(info.index, info.total, factor))

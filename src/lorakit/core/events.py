@@ -67,7 +67,7 @@ class Run(Protocol):
         """(summed nats, tokens) of these batches without any graph, in the model's present mode."""
 
     def update(self, info: Step) -> None:
-        """after_backward, clip, the step of the optimizer at this step's rate, after_step, zero_grad."""
+        """after_backward, clip, the step of the optimizer, after_step, zero_grad. The groups have this step's rate since before_forward."""
 
     def scored(self, batch: Mapping[str, Any]) -> "Scored":
         """One plain forward of a batch, with its graph."""

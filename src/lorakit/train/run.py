@@ -150,6 +150,9 @@ class Run:
         self.figures: dict[str, float] = {}
         for controller in self.controllers:
             controller.before_forward(info)
+        rate = self.schedule(index) * math.prod(controller.rate(info) for controller in self.controllers)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
         nats, tokens = self.loop.step(info)
         at = self.at
         at.step, at.tokens = index + 1, at.tokens + tokens
@@ -167,8 +170,9 @@ class Run:
 
     def gradients(self, batches: MicroBatches, info: Step) -> tuple[float, int]:
         """Add the mean-loss gradients over all processes, and the penalties'; (summed nats, tokens)."""
-        before = [None if row.tensor.grad is None else row.tensor.grad.clone() for row in self.table] if self._grads() else []
-        for row in self.table:
+        table = self.table
+        before = [row.tensor.grad for row in table]
+        for row in table:
             row.tensor.grad = None
         nats, tokens = torch.zeros((), dtype=torch.float64), 0
         for i, batch in enumerate(batches):
@@ -177,8 +181,8 @@ class Run:
                 loss.backward()
             nats, tokens = nats + shown.double().cpu(), tokens + n
         if info.index == 0:
-            self._check_reached()
-        grads = self._grads()
+            _check_reached(table)
+        grads = _grads(table)
         self.world.sum_(grads)
         total_nats, total_tokens = self.world.total(float(nats), tokens)
         if not math.isfinite(total_nats):
@@ -189,7 +193,7 @@ class Run:
             torch._foreach_mul_(grads, 1 / max(1.0, total_tokens))
         for penalty in self.method.penalties:
             penalty(self.adapted, self.adapted.context).backward()
-        for row, earlier in zip(self.table, before, strict=False):
+        for row, earlier in zip(table, before, strict=True):
             if earlier is not None:
                 row.tensor.grad = earlier if row.tensor.grad is None else earlier.add_(row.tensor.grad)
         return total_nats, int(total_tokens)
@@ -223,9 +227,6 @@ class Run:
         for controller in self.controllers:
             controller.after_backward(info)
         norm, clip = self._clip()
-        rate = self.schedule(info.index) * math.prod(controller.rate(info) for controller in self.controllers)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
         self.optimizer.step()
         for controller in self.controllers:
             controller.after_step(Step(info.index, info.total, clip))
@@ -265,20 +266,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
-    def _grads(self) -> list[Tensor]:
-        return [row.tensor.grad for row in self.table if row.tensor.grad is not None]
-
-    def _check_reached(self) -> None:
-        """Some modules read a neighbor's weight and never run; adapting them would be in vain."""
-        silent = [row.name for row in self.table if row.tensor.grad is None]
-        if silent:
-            raise Incompatible(
-                f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): "
-                "their modules never ran; leave them out of sites (or of unfreeze)"
-            )
-
     def _clip(self) -> tuple[float, float]:
-        grads = self._grads()
+        grads = _grads(self.table)
         norm = float(torch.nn.utils.get_total_norm(grads))
         limit = self.config.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
@@ -374,6 +363,20 @@ class Run:
         restore_random(state["random"])
         if self.log:
             self.log.truncate(self.at.step)
+
+
+def _grads(table: ParamTable) -> list[Tensor]:
+    return [row.tensor.grad for row in table if row.tensor.grad is not None]
+
+
+def _check_reached(table: ParamTable) -> None:
+    """Some modules read a neighbor's weight and never run; adapting them would be in vain."""
+    silent = [row.name for row in table if row.tensor.grad is None]
+    if silent:
+        raise Incompatible(
+            f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): "
+            "their modules never ran; leave them out of sites (or of unfreeze)"
+        )
 
 
 @dataclass(frozen=True)

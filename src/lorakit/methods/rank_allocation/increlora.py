@@ -135,13 +135,14 @@ class Growth(Controller):
         for delta in self.deltas:
             if delta.g is not None and delta.g.grad is not None:
                 delta.g.grad[-self.spec.add :] = 0
-        self.before = [[w.detach().clone() for w in _tensors(delta)] for delta in self.deltas]
+        young = [any(step.index - at < self.spec.ramp for at in (*born, *lit)) for born, lit in zip(self.born, self.lit, strict=True)]
+        self.before = [[w.detach().clone() for w in _tensors(d)] if some else [] for d, some in zip(self.deltas, young, strict=True)]
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         for delta, before, born, lit in zip(self.deltas, self.before, self.born, self.lit, strict=True):
             pair, gate = (self._shares(since, step.index).to(delta.A) for since in (born, lit))
-            for w, old, share in zip(_tensors(delta), before, (pair[:, None], pair, gate), strict=True):
+            for w, old, share in zip(_tensors(delta), before, (pair[:, None], pair, gate), strict=False):  # none where nothing is young
                 w.copy_(torch.where(share == 1, w, old + share * (w - old)))
             self._hold(delta)
         self.run.total_(self.now)
