@@ -11,6 +11,7 @@ from torch import Tensor
 from lorakit import attach, get_method
 from lorakit.core import random
 from lorakit.data.tiny import tiny_model
+from lorakit.ops import mask as mask_ops
 
 
 def key(seed: int = 0, step: int = 0) -> Tensor:
@@ -18,12 +19,12 @@ def key(seed: int = 0, step: int = 0) -> Tensor:
 
 
 def mask(shape: tuple[int, ...] = (64, 1024), *, seed: int = 0, step: int = 0, site: int = 1, p: float = 0.25) -> Tensor:
-    return random.dropout_mask(torch.empty(shape, dtype=torch.float64), key(seed, step), site, p)
+    return random.dropout_mask(torch.empty(shape, dtype=torch.float64), key(seed, step), torch.tensor(site), p)
 
 
 def test_opcheck() -> None:
     for like in (torch.randn(3, 5), torch.randn(7, dtype=torch.float64), torch.randn(4, 6).T, torch.randn(2, 3, dtype=torch.bfloat16)):
-        torch.library.opcheck(random.dropout_mask, (like, key(), 3, 0.25))
+        torch.library.opcheck(mask_ops.keep_mask, (like, key(), torch.tensor(3), 0.25))
 
 
 @settings(max_examples=30, deadline=None)
@@ -31,12 +32,12 @@ def test_opcheck() -> None:
 def test_shape_values_and_replay(shape: list[int], p: float, seed: int) -> None:
     m = mask(tuple(shape), p=p, seed=seed)
     assert m.shape == torch.Size(shape)
-    kept = random.STEPS / (random.STEPS - min(round(p * random.STEPS), random.STEPS - 1))
+    kept = mask_ops.STEPS / (mask_ops.STEPS - min(round(p * mask_ops.STEPS), mask_ops.STEPS - 1))
     assert set(m.flatten().tolist()) <= {0.0, kept}
     assert torch.equal(m, mask(tuple(shape), p=p, seed=seed))
 
 
-@pytest.mark.parametrize("p", [0.0, 1 / 65536, 0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.0, 1 / 65536, 0.05, 0.1, 0.5, 0.9, 0.998])
 def test_the_share_dropped_is_p_and_the_mean_one(p: float) -> None:
     m = mask((256, 1024), p=p)
     n = m.numel()
@@ -53,8 +54,9 @@ def test_masks_are_independent_over_step_seed_site_and_position() -> None:
         correlation = (base * ((other != 0).double() - 0.5)).mean() * 4
         assert abs(correlation) < 5 / math.sqrt(base.numel())
     neighbors = (base[:, 1:] * base[:, :-1]).mean() * 4
-    fourth = (base[:, 4:] * base[:, :-4]).mean() * 4  # four draws come from one generator word
-    assert max(abs(neighbors), abs(fourth)) < 5 / math.sqrt(base.numel())
+    eighth = (base[:, 8:] * base[:, :-8]).mean() * 4  # eight draws come from one word
+    below = (base[1:] * base[:-1]).mean() * 4
+    assert max(abs(neighbors), abs(eighth), abs(below)) < 5 / math.sqrt(base.numel())
 
 
 def test_seed_and_step_do_not_trade_places() -> None:
@@ -66,7 +68,7 @@ GOLDEN = {
     "mixed(0, 0, 0)": 1279368494785126216,
     "mixed(1, 2, 3)": 3851293329796251419,
     "stream": 4115701589701346651,
-    "mask": [1, 1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0],
+    "mask": [0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0],
     "generator": [179, 818, 186, 988],
 }
 
@@ -74,16 +76,34 @@ GOLDEN = {
 def test_the_numbers_of_this_version_are_those_of_every_version() -> None:
     assert random.mixed(0, 0, 0) == GOLDEN["mixed(0, 0, 0)"]
     assert random.mixed(1, 2, 3) == GOLDEN["mixed(1, 2, 3)"]
-    assert random.stream("model.layers.0.self_attn.q_proj") == GOLDEN["stream"]
+    assert int(random.stream("model.layers.0.self_attn.q_proj")) == GOLDEN["stream"]
     assert mask((12,), p=0.5).ne(0).int().tolist() == GOLDEN["mask"]
     assert torch.randint(1000, (4,), generator=random.generator(0, "a")).tolist() == GOLDEN["generator"]
 
 
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.999])
+def test_the_bits_are_those_of_the_definition(p: float) -> None:
+    """Counted in Python's integers."""
+    word = (1 << 64) - 1
+
+    def output(start: int, n: int) -> int:
+        z = (start + n * 0x9E3779B97F4A7C15) & word
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+        return z ^ (z >> 31)
+
+    number, (whole, part) = random.mixed(3, 4, 5), divmod(round(p * 65536), 256)
+    limits = [whole + ((output(number ^ 0x5851F42D4C957F2D, row + 1) & 255) < part) for row in range(7)]
+    kept = [output(number, i // 8 + 1) >> 8 * (i % 8) & 255 >= limits[i // 13] for i in range(7 * 13)]
+    assert len(set(limits)) == 2
+    assert mask_ops.keep_mask(torch.empty(7, 13), key(3, 4), torch.tensor(5), p).flatten().tolist() == kept
+
+
 def test_dropout_passes_gradients_through_its_mask() -> None:
     x = torch.randn(6, 8, requires_grad=True)
-    y = random.dropout(x, key(), 1, 0.25)
+    y = random.dropout(x, key(), torch.tensor(1), 0.25)
     (grad,) = torch.autograd.grad(y.sum(), x)
-    m = random.dropout_mask(x.detach(), key(), 1, 0.25)
+    m = random.dropout_mask(x.detach(), key(), torch.tensor(1), 0.25)
     assert torch.equal(grad, m)
     assert torch.equal(y, x * m)
     assert 0 < (m == 0).sum() < m.numel()

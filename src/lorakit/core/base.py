@@ -26,8 +26,8 @@ class Base(Protocol):
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ: [.., d_in] -> [.., d_out] (for an embedding x holds ids: [..] -> [.., d_out])."""
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
-        """dy W: [.., d_out] -> [.., d_in]."""
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        """dy W: [.., d_out] -> [.., d_in]; added to `into` in place where that is given."""
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as d_out × d_in, detached."""
@@ -58,6 +58,16 @@ class Base(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
+
+
+def product(dy: Tensor, W: Tensor, into: Tensor | None) -> Tensor:
+    """dy W, added to `into` in place where that is given (then both are matrices)."""
+    return dy @ W if into is None else into.addmm_(dy, W)
+
+
+def added(dx: Tensor, into: Tensor | None) -> Tensor:
+    """dx, added to `into` in place where that is given."""
+    return dx if into is None else into.add_(dx)
 
 
 class _Stored:
@@ -133,8 +143,8 @@ class Dense(_Stored):
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
-        return dy @ self.weight
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return product(dy, self.weight, into)
 
 
 class Transposed(_Stored):
@@ -145,8 +155,8 @@ class Transposed(_Stored):
     def matmul(self, x: Tensor) -> Tensor:
         return x @ self.weight
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
-        return dy @ self.weight.T
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return product(dy, self.weight.T, into)
 
 
 class Lookup(_Stored):
@@ -157,8 +167,8 @@ class Lookup(_Stored):
     def matmul(self, x: Tensor) -> Tensor:
         return x @ self.weight if x.is_floating_point() else F.embedding(x, self.weight)
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
-        return dy @ self.weight.T
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return product(dy, self.weight.T, into)
 
 
 class Stacked:
@@ -176,9 +186,9 @@ class Stacked:
         """x W_eᵀ of rows sorted by expert [n, d_in], or of rows for each expert [E, n, d_in]."""
         return each(x, self._turned(self.weight), ends)
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         """dy W_e of rows for each expert, [E, n, d_out]."""
-        return dy @ self._turned(self.weight)
+        return added(dy @ self._turned(self.weight), into)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """E × d_out × d_in, detached."""

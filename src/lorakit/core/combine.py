@@ -20,6 +20,8 @@ class Combine(nn.Module, ABC):
     """Owns γ. `y` is the frozen output W x + bias at this site, [.., d_out]."""
 
     trains: frozenset[str] = frozenset()
+    fuses: bool = False
+    """Whether, without dropout, the output is γ ∘ (W x + delta(x)) + bias with γ = `gain`, or with dropout, where γ is None."""
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor, base: Base, delta: Delta, ctx: Ctx) -> Tensor:
@@ -58,6 +60,8 @@ class CombineSpec(Protocol):
 
 class Add(Combine):
     """y + x ΔWᵀ."""
+
+    fuses = True
 
     def forward(self, x: Tensor, y: Tensor, base: Base, delta: Delta, ctx: Ctx) -> Tensor:
         return delta(delta.drop(x, ctx), ctx)  # type: ignore[no-any-return]

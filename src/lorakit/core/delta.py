@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import random
 from lorakit.core.context import Ctx
 from lorakit.core.errors import NotMergeable
 from lorakit.core.shared import Shared, refuse_shapes
 from lorakit.core.site import MODULES, Kind, Site
+from lorakit.ops import reference
+from lorakit.ops.mask import Mask
 
 
 class Factors(NamedTuple):
@@ -23,6 +24,20 @@ class Factors(NamedTuple):
     """d_out × r."""
     s: float
     gain: Tensor | None = None
+    """d_out, or None."""
+
+
+class Product(NamedTuple):
+    """What a forward multiplies by: ΔW = s · diag(b) · B · diag(g) · A, the scale and vectors not folded in."""
+
+    A: Tensor
+    """r × d_in."""
+    B: Tensor
+    """d_out × r."""
+    s: float = 1.0
+    g: Tensor | None = None
+    """r, or None."""
+    b: Tensor | None = None
     """d_out, or None."""
 
 
@@ -54,17 +69,27 @@ class Delta(nn.Module, ABC):
 
     p: float = 0.0
     """Probability of dropping an entry of the input in training; `stream` tells this site's masks from others'."""
-    stream: int = 0
+    stream: Tensor
+
+    def mask(self, x: Tensor, ctx: Ctx) -> Mask | None:
+        """What dropout keeps of x in training; None for all of it. Ids cannot be dropped, so an embedding ignores it."""
+        return Mask(ctx.key, self.stream, self.p) if self.p > 0 and self.training and x.is_floating_point() else None
 
     def drop(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """The input as the delta sees it in training: its own dropout. Ids cannot be dropped, so an embedding ignores it."""
-        if self.p == 0 or not self.training or not x.is_floating_point():
-            return x
-        return random.dropout(x, ctx.key, self.stream, self.p)
+        """The input as the delta sees it in training: its own dropout."""
+        mask = self.mask(x, ctx)
+        return x if mask is None else mask.drop(x)
 
-    @abstractmethod
+    def product(self, ctx: Ctx) -> Product | None:
+        """What this forward multiplies by; None in a delta of another form, which has a forward of its own."""
+        return None
+
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         """x ΔWᵀ of an already dropped x: [.., d_in] -> [.., d_out] (ids [..] for an embedding)."""
+        f = self.product(ctx)
+        if f is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a product nor a forward of its own")
+        return reference.low_rank(x, f.A, f.B, f.s, f.g, f.b)
 
     def weight(self) -> Tensor:
         """ΔW: d_out × d_in, in the delta's own dtype. Raises Incompatible when the delta is no change of the weight."""

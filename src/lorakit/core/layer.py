@@ -4,7 +4,7 @@ Names, isinstance, tied weights, save_pretrained, from_pretrained, deepcopy, pic
 This is the one place where something concrete is subclassed, and this forward never grows.
 """
 
-import functools
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lorakit.core.experts import forward_of, stacked
 from lorakit.core.generated import generate
 from lorakit.core.router import router_forward, routes
 from lorakit.core.site import Site
+from lorakit.ops.lora_linear import Layer, lora_linear
 
 
 class RowsOf:
@@ -30,8 +31,8 @@ class RowsOf:
     def matmul(self, x: Tensor) -> Tensor:
         return self.base.matmul(x).index_select(-1, self.index)
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
-        return self.base.matmul_t(dy.new_zeros(*dy.shape[:-1], self.base.shape[0]).index_copy(-1, self.index, dy))
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return self.base.matmul_t(dy.new_zeros(*dy.shape[:-1], self.base.shape[0]).index_copy(-1, self.index, dy), into)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.base.dense(dtype).index_select(-2, self.index)
@@ -89,6 +90,21 @@ class Branch(nn.Module):
         """The base as this site sees it."""
         return self.host if self.index is None else RowsOf(self.host, self.index)
 
+    def layer(self, x: Tensor, ctx: Ctx) -> Layer | None:
+        """The module with this adapter as the fused function takes it (ops/lora_linear.py); None where it is of another form."""
+        if self.index is not None or self.site.kind != "linear" or not self.combine.fuses:
+            return None
+        if self.host.module.weight.requires_grad:  # trained whole beside the adapter
+            return None
+        f = self.delta.product(ctx)
+        if f is None:
+            return None
+        mask, gain = self.delta.mask(x, ctx), self.combine.gain(self.host, self.delta)
+        if gain is not None and (mask is not None or self.w != 1.0):
+            return None
+        module = self.host.module
+        return Layer(partial(frozen, module), self.host.matmul_t, f.s * self.w, f.A, f.B, f.g, f.b, gain, self.host.bias, mask)
+
     def forward(self, x: Tensor, y: Tensor, ctx: Ctx) -> Tensor:
         """What this adapter adds to the module's frozen output y."""
         if self.index is None:
@@ -126,22 +142,56 @@ class Branch(nn.Module):
 
 class Slot(nn.Module):
     """The child `lora` of an adapted module: every adapter's branches, and which of them are active. A site that is only read by a delta
-    elsewhere has a slot without branches."""
+    elsewhere has a slot without branches.
+
+    `group`: the slots of modules that usually read the same input (q, k, v; gate, up), this one among them. Whichever runs first computes
+    all of them at once and leaves the others their outputs."""
 
     def __init__(self, path: str, base: Base, cell: Cell) -> None:
         super().__init__()
         self.path, self.base, self.cell = path, base, cell
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.group: tuple[Slot, ...] = ()
+        self.ready: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The module's output with its active adapters: y plus each one's change of the frozen y."""
-        if self.path in self.cell.reads:
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's output with its active adapters."""
+        if self.cell.reads and self.path in self.cell.reads:  # in two steps: a compiled layer should not depend on its path
             self.cell.value.memo[self.path] = x
-        out = y
+        fused = self.fused(x)
+        if fused is not None:
+            return fused
+        out = y = frozen(self.base.module, x)
         for key in self.active:
             out = out + self.branches[key](x, y, self.cell.value)
         return out
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The same by the fused function, where one adapter of its form is active. A compiler fuses by itself."""
+        if torch.compiler.is_compiling():
+            return None
+        if self.ready is not None:
+            (seen, y), self.ready = self.ready, None
+            if seen is x:
+                return y
+            self.group = ()  # its input is not the others'
+        layer = self.layer(x)
+        if layer is None:
+            return None
+        found = [(slot, slot.layer(x)) for slot in self.group if slot is not self]
+        others = [(slot, one) for slot, one in found if one is not None and slot.group]
+        y, *rest = lora_linear(x, [layer, *(one for _, one in others)])
+        for (slot, _), ready in zip(others, rest, strict=True):
+            slot.ready = (x, ready)
+        return y
+
+    def layer(self, x: Tensor) -> Layer | None:
+        """What the fused function takes; None where it does not apply."""
+        if len(self.active) != 1 or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return None
+        branch: Branch = self.branches[self.active[0]]  # type: ignore[assignment]
+        return branch.layer(x, self.cell.value)
 
 
 def slots_of(module: nn.Module) -> list[Slot]:
@@ -169,23 +219,29 @@ def restore(module: nn.Module) -> None:
     del module.lora
 
 
-@functools.cache
+def frozen(module: nn.Module, x: Tensor) -> Tensor:
+    """What an adapted module puts out without its adapters."""
+    plain: type[nn.Module] = type(module).plain_class  # type: ignore[attr-defined]
+    return plain.forward(module, x)  # type: ignore[no-any-return]
+
+
+@cache
 def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The generated subclass of one module class."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return self.lora(x, plain.forward(self, x))  # type: ignore[operator, no-any-return]
+        return self.lora(x)  # type: ignore[operator, no-any-return]
 
     return generate("Adapted", adapted_class, plain, forward=forward, plain_class=plain)
 
 
-@functools.cache
+@cache
 def mixture_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The generated subclass of a class of experts (core/experts.py)."""
     return generate("Adapted", mixture_class, plain, forward=forward_of(plain), plain_class=plain)
 
 
-@functools.cache
+@cache
 def router_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The generated subclass of a class of routers (core/router.py)."""
     return generate("Adapted", router_class, plain, forward=router_forward(plain), plain_class=plain)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from lorakit.core import random, resize
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import Incompatible
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared, refuse_shapes
 from lorakit.core.site import MIXTURES, MODULES, Kind, Site
-from lorakit.ops import reference as ops
 from lorakit.ops.grouped import each
 
 Squash = Literal["none", "softmax", "sigmoid"]
@@ -64,13 +63,14 @@ class LowRank(Delta):
         self.register_buffer("A0", empty(behind, site.d_in) if spec.anchor or spec.legs else None)
         self.register_buffer("B0", empty(site.d_out, behind) if spec.anchor or spec.legs else None)
 
+    def product(self, ctx: Ctx) -> Product | None:
+        return None if self.A.ndim == 3 else Product(self._down(), self._up(), self.s)  # 2r wide with an anchor
+
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
-        A, B = self._down(), self._up()
-        dtype = x.dtype if x.is_floating_point() else B.dtype
-        if A.ndim == 3:  # one pair for each expert
-            return each(each(x, A.to(dtype), ctx.ends) * self.s, B.to(dtype), ctx.ends)
-        z = ops.project(x, A.to(dtype))  # [.., r]; 2r wide with an anchor
-        return ops.expand(z, B.to(dtype), self.s)
+        if self.A.ndim == 3:  # one pair for each expert
+            A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+            return each(each(x, A, ctx.ends) * self.s, B, ctx.ends)
+        return super().forward(x, ctx)
 
     def weight(self) -> Tensor:
         delta = self.B @ self._gated()

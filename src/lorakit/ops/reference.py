@@ -1,5 +1,7 @@
 """The definition of each hot operation, in plain torch. Shapes: x [.., d_in], A [r, d_in], B [d_out, r]."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,34 @@ def project(x: Tensor, A: Tensor) -> Tensor:
 def expand(z: Tensor, B: Tensor, s: float) -> Tensor:
     """s z Bᵀ: [.., r] -> [.., d_out]. The scale sits on the r-wide side."""
     return F.linear(z * s, B)
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, g: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    """s · b ∘ B (g ∘ A x) in x's dtype (ids: in B's): [.., d_in] -> [.., d_out], ids [..] -> [.., d_out]. g [r], b [d_out]."""
+    dtype = x.dtype if x.is_floating_point() else B.dtype
+    z = project(x, A.to(dtype))
+    y = expand(z if g is None else z * g.to(dtype), B.to(dtype), s)
+    return y if b is None else y * b.to(dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    *,
+    g: Tensor | None = None,
+    b: Tensor | None = None,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """γ ∘ (W x + s · b ∘ B (g ∘ A (mask ∘ x))) + bias: [.., d_in] -> [.., d_out]. W [d_out, d_in], gain γ and bias [d_out]; `mask` holds
+    zeros and 1 / (1 − p)."""
+    y = F.linear(x, W) + low_rank(x if mask is None else x * mask, A, B, s, g, b)
+    y = y if gain is None else y * gain.to(y.dtype)
+    return y if bias is None else y + bias
 
 
 def row_norm(w2: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -68,3 +98,9 @@ def grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     ends[e − 1] up to ends[e]."""
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), W, strict=True)])
+
+
+def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+    """Σ −log softmax(head(h))[target] in at least fp32: [.., d], d -> v, [..] -> scalar. A target of −100 adds nothing."""
+    logits = head(h).flatten(0, -2)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction="sum")

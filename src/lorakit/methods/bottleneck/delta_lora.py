@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import BadParameter
 from lorakit.core.events import Controller, Run, Step
 from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared
 from lorakit.core.site import Site, Where
-from lorakit.ops import reference as ops
 from lorakit.parts.inits.random import Kaiming
 
 
@@ -53,10 +52,9 @@ class CoUpdated(Delta):
             self.register_buffer(name + "_K", zeros.clone())
         self.register_buffer("lam", torch.zeros(1, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
+    def product(self, ctx: Ctx) -> Product:
         f = self._factors(_slowed(self.A, self.lam), _slowed(self.B, self.lam))
-        dtype = x.dtype if x.is_floating_point() else f.B.dtype
-        return ops.expand(ops.project(x, f.A.to(dtype)), f.B.to(dtype), f.s)
+        return Product(f.A, f.B, f.s)
 
     def weight(self) -> Tensor:
         f = self.factors()

@@ -69,7 +69,7 @@ class Layer:
         self.tensors = [(b, n, getattr(b.delta, n)) for b in branches for n in ("A", "B")]
         self.part = max(1, spec.d // len(self.tensors))
         d = self.part * len(self.tensors)
-        number = random.mixed(seed, 0, random.stream(name)) % 2**32
+        number = random.mixed(seed, 0, int(random.stream(name))) % 2**32
         self.search: Search = search(spec.algorithm, d, spec.sigma, spec.population, number, generations=generations)
         std = {b.site.name: spec.spread * widths[b.site.name] / (math.sqrt(d) * spec.sigma) for b in branches}
         self.maps = [

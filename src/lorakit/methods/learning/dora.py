@@ -29,6 +29,7 @@ class Decomposed(Combine):
     """Magnitude m [d_out] trained, direction W + s·BA."""
 
     trains = frozenset({"m"})
+    fuses = True
     w2: Tensor
 
     def __init__(self, base: Base, delta: Delta, detach_norm: bool) -> None:
@@ -45,7 +46,7 @@ class Decomposed(Combine):
         assert f is not None
         wide = self.w2.dtype
         A = f.A.to(wide)
-        WA = base.matmul(f.A.to(base.dtype)).T.to(wide) if base.dtype == wide else base.dense(wide) @ A.T
+        WA = base.matmul(f.A.to(base.dtype)).T.to(wide)  # a narrow W is not copied: what rounds is the cross term alone
         return ops.row_norm(self.w2, WA, A, f.B.to(wide), f.s)
 
     def gain(self, base: Base, delta: Delta) -> Tensor:

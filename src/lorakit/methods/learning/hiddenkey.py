@@ -79,7 +79,7 @@ class CutHidden(Patch):
 
 
 class _Cut:
-    def __init__(self, patch: CutHidden, stream: int) -> None:
+    def __init__(self, patch: CutHidden, stream: Tensor) -> None:
         self.patch, self.stream = patch, stream
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

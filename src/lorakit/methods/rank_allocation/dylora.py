@@ -27,18 +27,17 @@ from torch import Tensor, nn
 from lorakit.core import random
 from lorakit.core.adapter import Adapter
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import BadParameter
 from lorakit.core.events import Controller, Run, Step
 from lorakit.core.method import Method, Recipe, method
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared
 from lorakit.core.site import Site, Where
-from lorakit.ops import reference as ops
 from lorakit.parts.inits.random import Kaiming
 from lorakit.parts.optimizers.partial import Partial
 
-STREAM = random.stream("dylora")
+STREAM = int(random.stream("dylora"))
 
 
 class Nested(Delta):
@@ -64,16 +63,8 @@ class Nested(Delta):
         gate[:b] = self.spec.scale_at(b)
         return gate.detach()
 
-    def drop(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """Dropout on the delta's input."""
-        if self.p == 0 or not self.training or not x.is_floating_point():
-            return x
-        return random.dropout(x, ctx.key, self.stream, self.p)
-
-    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
-        gate = self.drawn if self.training else self.kept
-        dtype = x.dtype if x.is_floating_point() else self.B.dtype
-        return ops.expand(ops.project(x, (gate[:, None] * self.A).to(dtype)), self.B.to(dtype), 1.0)
+    def product(self, ctx: Ctx) -> Product:
+        return Product(self.A, self.B, g=self.drawn if self.training else self.kept)
 
     def weight(self) -> Tensor:
         return self.B @ (self.kept[:, None] * self.A)

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from lorakit.core import random
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import BadParameter
 from lorakit.core.method import Method, method
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared
 from lorakit.core.site import Site, Where
-from lorakit.ops import reference as ops
 from lorakit.parts.inits.random import normal, set_
 from lorakit.parts.inits.triplets import principal, signed
 
@@ -55,10 +54,8 @@ class Cored(Delta):
         self.register_buffer("B", torch.zeros(site.d_out, r_out, dtype=dtype, device=device))
         self.R = nn.Parameter(torch.zeros(r_out, r, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
-        dtype = x.dtype if x.is_floating_point() else self.B.dtype
-        z = ops.project(x, self.A.to(dtype))  # [.., r]
-        return ops.expand(ops.project(z, self.R.to(dtype)), self.B.to(dtype), self.s)
+    def product(self, ctx: Ctx) -> Product:
+        return Product(self.A, self.B @ self.R, self.s)
 
     def weight(self) -> Tensor:
         return self.s * (self.B @ (self.R @ self.A))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lorakit.core import random
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import BadParameter
 from lorakit.core.method import Method, method
 from lorakit.core.shared import Shared
@@ -74,10 +74,8 @@ class Composed(Delta):
         A, B = (ops.compose(*self._choice(name), bank.V) for name in "AB")  # [r, d_in / b, b], [d_out / b, r, b]
         return A.flatten(1), B.transpose(1, 2).flatten(0, 1)
 
-    def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
-        A, B = self.matrices()
-        dtype = x.dtype if x.is_floating_point() else B.dtype
-        return ops.expand(ops.project(x, A.to(dtype)), B.to(dtype), 1.0)
+    def product(self, ctx: Ctx) -> Product:
+        return Product(*self.matrices())
 
     def weight(self) -> Tensor:
         A, B = self.matrices()

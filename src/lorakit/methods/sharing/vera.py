@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorakit.core import random
 from lorakit.core.base import Base
 from lorakit.core.context import Ctx
-from lorakit.core.delta import Delta, DeltaSpec, Factors
+from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import BadParameter
 from lorakit.core.method import Method, method
 from lorakit.core.shared import Shared
@@ -92,6 +92,10 @@ class Scaling(Delta):
         """This site's A [r, d_in] and B [d_out, r]."""
         (pool,) = self.pools
         return pool.A[:, : self.shape[1]], pool.B[: self.shape[0]]
+
+    def product(self, ctx: Ctx) -> Product:
+        A, B = self.pair()
+        return Product(A, B, g=self.d, b=self.b)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Tensor:
         A, B = self.pair()

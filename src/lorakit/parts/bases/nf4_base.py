@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.base import Dense, Transposed, base_of
+from lorakit.core.base import Dense, Transposed, added, base_of
 from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.site import Where
 from lorakit.parts.bases.host import Held, decoded, enter, held, leave, packed_in, product, put
@@ -32,9 +32,9 @@ class NF4:
         packed = packed_in(self.module)
         return self.plain.matmul(x) if packed is None else product(self.module, packed, x)
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
+    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         packed = packed_in(self.module)
-        return self.plain.matmul_t(dy) if packed is None else product(self.module, packed, dy, transposed=True)
+        return self.plain.matmul_t(dy, into) if packed is None else added(product(self.module, packed, dy, transposed=True), into)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         packed = packed_in(self.module)

@@ -1,0 +1,21 @@
+"""Which adapted modules read the same input: a pass over an attached model that no method sees."""
+
+from collections.abc import Iterable
+
+from lorakit.core.layer import Branch, Slot
+
+SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
+"""Roles whose modules read one input where they have one parent. A module that proves to read another leaves its group."""
+
+
+def group(slots: Iterable[Slot]) -> None:
+    """Tell every slot which others usually read what it reads."""
+    found: dict[tuple[str, str], list[Slot]] = {}
+    for slot in slots:
+        slot.group = ()
+        branch = next(iter(slot.branches.values()), None)
+        if isinstance(branch, Branch) and (family := SHARED.get(branch.site.role)):
+            found.setdefault((slot.path.rpartition(".")[0], family), []).append(slot)
+    for members in found.values():
+        for slot in members:
+            slot.group = tuple(members)

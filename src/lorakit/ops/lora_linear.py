@@ -1,0 +1,167 @@
+"""Adapted linear layers as one autograd function: y = γ ∘ (W x + s · b ∘ (B (g ∘ A x̃))) + bias, x̃ = x without what a mask drops.
+
+Several layers that read one x go through together: one product with all A, and one gradient for x, to which every W adds in place. Nothing
+is kept that backward can make again: x where an A is trained, A x where what follows it is, the inner sum where γ is. Masks are made again.
+The scale sits on the r-wide side, and nothing d_out wide is written twice. `reference.lora_linear` is the definition.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorakit.ops import cpu
+from lorakit.ops.mask import Mask
+
+
+class Layer(NamedTuple):
+    """One adapted layer: A [r, d_in], B [d_out, r], g [r], b, gain γ and bias [d_out]; None where there is none."""
+
+    frozen: Callable[[Tensor], Tensor]
+    """x -> W x + bias, [.., d_in] -> [.., d_out]: the module's own, so that a change of nothing keeps its bits."""
+    matmul_t: Callable[[Tensor, Tensor | None], Tensor]
+    """(dy, dx) -> dy W, [n, d_out] -> [n, d_in], added to dx in place where that is given."""
+    s: float
+    A: Tensor
+    B: Tensor
+    g: Tensor | None = None
+    b: Tensor | None = None
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Mask | None = None
+
+
+TENSORS = ("A", "B", "g", "b", "gain", "bias")
+
+
+def lora_linear(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """Every layer's output [.., d_out] of the one x [.., d_in], in x's dtype. Gradients for x and for every tensor of the layers."""
+    tensors = [getattr(layer, name) for layer in layers for name in TENSORS]
+    settings = [layer._replace(**dict.fromkeys(TENSORS)) for layer in layers]  # type: ignore[arg-type]
+    return _LoraLinear.apply(x, settings, *tensors)  # type: ignore[no-any-return]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: list[Layer], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        layers = _filled(settings, tensors)
+        outputs, kept = list[Tensor](), list[Tensor | None]()
+        for layer, z in zip(layers, _down(x.reshape(-1, x.shape[-1]), layers), strict=True):
+            y, inner = _output(x, layer, z)
+            outputs.append(y)
+            kept += [z if _trains(layer.B, layer.g, layer.b) else None, inner]
+        ctx.settings, ctx.shape = settings, x.shape
+        ctx.save_for_backward(x if _trains(*(layer.A for layer in layers)) else None, *kept, *tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        n, wide = len(ctx.settings), len(TENSORS)
+        x, *rest = ctx.saved_tensors
+        kept, layers = rest[: 2 * n], _filled(ctx.settings, rest[2 * n :])
+        needs_x, _, *needs = ctx.needs_input_grad
+        dx: Tensor | None = None
+        found, dzs = list[dict[str, Tensor]](), list[Tensor | None]()
+        for i, (layer, dy) in enumerate(zip(layers, dys, strict=True)):
+            dz = None
+            found.append({})
+            if dy is not None:
+                z, inner = kept[2 * i : 2 * i + 2]
+                dy, dz = _through(dy.reshape(-1, dy.shape[-1]), layer, z, inner, found[i])
+                dx = layer.matmul_t(dy, dx) if needs_x else None
+            dzs.append(dz)
+        if x is not None:
+            for grads, dA in zip(found, _dA(x.reshape(-1, x.shape[-1]), layers, dzs), strict=True):
+                grads["A"] = dA  # type: ignore[assignment]
+        if dx is not None:
+            dx = _add_down(dx, layers, dzs).view(ctx.shape)
+        tensors = [grads.get(name) for grads in found for name in TENSORS]
+        return dx, None, *(grad if need else None for grad, need in zip(tensors, needs[: n * wide], strict=True))
+
+
+def _filled(settings: Sequence[Layer], tensors: Sequence[Tensor | None]) -> list[Layer]:
+    n = len(TENSORS)
+    return [layer._replace(**dict(zip(TENSORS, tensors[n * i : n * i + n], strict=True))) for i, layer in enumerate(settings)]  # type: ignore[arg-type]
+
+
+def _together(layers: Sequence[Layer]) -> bool:
+    """Whether their A can be one matrix: no mask of their own, and more than one of them."""
+    return len(layers) > 1 and all(layer.mask is None for layer in layers)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _down(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
+    """Each layer's A x̃: [n, r]."""
+    if _together(layers):
+        stacked = torch.cat([layer.A.to(x.dtype) for layer in layers])
+        return list(cpu.down(x, stacked).split([len(layer.A) for layer in layers], 1))
+    return [cpu.down(x, layer.A.to(x.dtype), layer.mask) for layer in layers]
+
+
+def _output(x: Tensor, layer: Layer, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(the layer's output, and what of it γ's gradient needs)."""
+    y = layer.frozen(x)
+    shape, y = y.shape, y.reshape(-1, y.shape[-1])
+    u, B = _scaled(z, layer), _up(layer, x.dtype)
+    if layer.gain is None or not layer.gain.requires_grad:
+        return cpu.finish_(y, u, B, gain=layer.gain, bias=layer.bias).view(shape), None
+    inner = cpu.finish_(y, u, B)
+    return cpu.gained(inner, layer.gain, layer.bias).view(shape), inner
+
+
+def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients of W x + … [n, d_out] and of A x̃ [n, r]; those of the layer's tensors but A are put in `found`."""
+    if layer.bias is not None and _trains(layer.bias, layer.gain):
+        found["bias"] = dy.sum(0, dtype=layer.bias.dtype)
+    if layer.gain is not None:
+        if inner is not None:
+            shift = 0 if layer.bias is None else layer.bias * found["bias"]
+            found["gain"] = (dy * inner).sum(0, dtype=layer.gain.dtype) - shift
+        dy = cpu.gained(dy, layer.gain)
+    du = dy @ _up(layer, dy.dtype)
+    if z is not None:
+        if _trains(layer.B, layer.b):
+            dB = (_scaled(z, layer).T @ dy).T  # this way round is the faster one
+            found["B"] = dB if layer.b is None else dB * layer.b[:, None]
+            found["b"] = dB if layer.b is None else (dB * layer.B).sum(1, dtype=layer.b.dtype)
+        if layer.g is not None:
+            found["g"] = (du * z).sum(0, dtype=layer.g.dtype) * _scale(layer)
+    return dy, _scaled(du, layer)
+
+
+def _dA(x: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    if _together(layers) and all(dz is not None for dz in dzs):
+        return list(cpu.outer(torch.cat(dzs, 1), x).split([len(layer.A) for layer in layers]))  # type: ignore[arg-type]
+    return [None if dz is None else cpu.outer(dz, x, layer.mask) for layer, dz in zip(layers, dzs, strict=True)]
+
+
+def _add_down(dx: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Tensor:
+    """dx with what the A add to it, in place: [n, d_in]."""
+    pairs = [(layer, dz) for layer, dz in zip(layers, dzs, strict=True) if dz is not None]
+    if _together([layer for layer, _ in pairs]):
+        stacked = torch.cat([layer.A.to(dx.dtype) for layer, _ in pairs])
+        return cpu.finish_(dx, torch.cat([dz for _, dz in pairs], 1), stacked.T)
+    for layer, dz in pairs:
+        cpu.finish_(dx, dz, layer.A.to(dx.dtype).T, mask=layer.mask)
+    return dx
+
+
+def _scale(layer: Layer) -> float:
+    """s / (1 − p)."""
+    return layer.s if layer.mask is None else layer.s * layer.mask.scale
+
+
+def _scaled(z: Tensor, layer: Layer) -> Tensor:
+    """s g ∘ z / (1 − p)."""
+    return z * _scale(layer) if layer.g is None else z * (layer.g * _scale(layer)).to(z.dtype)
+
+
+def _up(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """diag(b) B in the compute dtype."""
+    return (layer.B if layer.b is None else layer.b[:, None] * layer.B).to(dtype)
