@@ -26,7 +26,8 @@ from lorakit.core.lowrank import LowRank, LowRankSpec
 from lorakit.core.unfreeze import Unfrozen
 from lorakit.methods.learning import dora, pissa
 from lorakit.methods.rank_allocation import adalora, dylora
-from lorakit.ops import reference
+from lorakit.ops import lora_linear, mask
+from lorakit.ops.mask import Mask
 from lorakit.parts.inits.random import Kaiming
 from lorakit.parts.optimizers.flora import FloraOptimizer
 from tests.laws import (
@@ -316,7 +317,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L9", "the forward forgets the scale", "lora", test_l9_oracle.check_L9)
 def _(m: pytest.MonkeyPatch) -> None:
-    m.setattr(reference, "expand", lambda z, B, s: F.linear(z, B))
+    m.setattr(lora_linear, "_scale", lambda layer: 1.0)
 
 
 @mutant("L9", "a weight trained whole is not in its place", "flora_gc", test_l9_oracle.check_L9)
@@ -326,7 +327,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L9", "the output is right and its gradient doubled", "init_ab", test_l9_oracle.check_L9)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, reference, "expand", lambda y, *_: 2 * y - y.detach())
+    after(m, lora_linear, "_dA", lambda found, *_: [None if dA is None else 2 * dA for dA in found])
 
 
 @mutant("L9", "the norm is a constant forward only", "dora", test_l9_oracle.check_L9)
@@ -363,11 +364,11 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L11", "masks from a generator", "lora", test_l11_compile.check_L11)
 def _(m: pytest.MonkeyPatch) -> None:
-    def dropout(x: Tensor, key: Tensor, site: int, p: float) -> Tensor:
-        seed, step = key.tolist()
-        return x * (torch.rand(x.shape, generator=torch.Generator().manual_seed(random.mixed(seed, step, site))) >= p)
+    def keep(self: Mask, x: Tensor) -> Tensor:
+        seed, step = self.key.tolist()
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(mask.mixed(seed, step, int(self.site)))) >= self.p
 
-    m.setattr(random, "dropout", dropout)
+    m.setattr(Mask, "keep", keep)
 
 
 @mutant("L11", "a counter in Python", "lora", test_l11_compile.check_L11)
@@ -381,8 +382,8 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L11", "masks that do not follow the step", "lora", test_l11_compile.check_L11)
 def _(m: pytest.MonkeyPatch) -> None:
-    original = random.dropout
-    m.setattr(random, "dropout", lambda x, key, site, p: original(x, torch.zeros_like(key), site, p))
+    original = Mask.keep
+    m.setattr(Mask, "keep", lambda self, x: original(self._replace(key=torch.zeros_like(self.key)), x))
 
 
 # --- L12, L13, L14 ----------------------------------------------------------------------------------------------------------
@@ -410,13 +411,13 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L12", "torch's own dropout", "lora", test_l12_l13_replay.check_L12)
 def _(m: pytest.MonkeyPatch) -> None:
-    m.setattr(random, "dropout", lambda x, key, site, p: F.dropout(x, p))
+    m.setattr(Mask, "keep", lambda self, x: torch.rand(x.shape) >= self.p)
 
 
 @mutant("L12", "masks ignore the step", "lora", test_l12_l13_replay.check_L12_masks)
 def _(m: pytest.MonkeyPatch) -> None:
-    original = random.mixed
-    m.setattr(random, "mixed", lambda seed, step, site: original(seed, 0, site))
+    original = mask.mixed
+    m.setattr(mask, "mixed", lambda seed, step, site: original(seed, 0, site))
 
 
 @mutant("L13", "the budget forgets its scores", "adalora", test_l12_l13_replay.check_L13)
@@ -455,13 +456,13 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L13", "masks count the forwards of this process", "lora", test_l12_l13_replay.check_L13)
 def _(m: pytest.MonkeyPatch) -> None:
-    original, calls = random.dropout, [0]
+    original, calls = Mask.keep, [0]
 
-    def dropout(x: Tensor, key: Tensor, site: int, p: float) -> Tensor:
+    def keep(self: Mask, x: Tensor) -> Tensor:
         calls[0] += 1
-        return original(x, torch.tensor([0, calls[0]]), site, p)
+        return original(self._replace(key=torch.tensor([0, calls[0]])), x)
 
-    m.setattr(random, "dropout", dropout)
+    m.setattr(Mask, "keep", keep)
 
 
 @mutant("L14", "recomputation sees the latest context", "lora", test_l14_checkpointing.check_L14)
@@ -492,11 +493,9 @@ def _(m: pytest.MonkeyPatch) -> None:
     after(m, Adapted, "_apply", lambda _, self: [b.delta.A.requires_grad_(True) for b in self.branches()])
 
 
-@mutant("L15", "the change is computed twice", "lora", test_l15_memory.check_L15)
+@mutant("L15", "the output is kept", "lora", test_l15_memory.check_L15)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(
-        m, LowRank, "forward", lambda y, self, x, ctx: 0.5 * y + 0.5 * reference.expand(reference.project(x * 1.0, self.A), self.B, self.s)
-    )
+    after(m, layer, "lora_linear", lambda ys, x, layers: tuple(0.5 * y + 0.5 * y.square().sqrt() for y in ys))
 
 
 @mutant("L16", "gradients are not summed over processes", "lora", lambda name: None, slow=True)
@@ -543,7 +542,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L19", "a mean over the batch", "lora", test_l18_l19_l20_isolation.check_L19)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, LowRank, "forward", lambda y, *_: y + 0 * y.mean(0, keepdim=True))
+    after(m, layer, "lora_linear", lambda ys, *_: tuple(y + 0 * y.mean(0, keepdim=True) for y in ys))
 
 
 @mutant("L19", "tensors are loaded unseen", "dora", test_l18_l19_l20_isolation.check_L19)

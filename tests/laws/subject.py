@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from lorakit import Adapted, Method, NotMergeable, attach, describe, get_method
 from lorakit.core import random
 from lorakit.core.base import expand
 from lorakit.core.calibrate import Calibration
+from lorakit.core.layer import Slot
 from lorakit.data.tiny import tiny_model
 from lorakit.parts.bases.quantize import quantize
 
@@ -29,6 +31,11 @@ SMALL: dict[str, Any] = {
     "rho": 1.0,
     "experts": 3,
 }  # rho 1: EVA's ranks follow from no data
+
+
+def not_fused(m: pytest.MonkeyPatch) -> None:
+    """Layers as a compiler sees them, without the fused function."""
+    m.setattr(Slot, "fused", lambda self, x: None)
 
 
 def small(name: str, **more: Any) -> Method:

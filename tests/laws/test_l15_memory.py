@@ -3,8 +3,8 @@
 The frozen linear layer saves nothing but its weight. With input x [n, d_in], output y [n, d_out], R = delta.bound(), a branch may save
     plain, A trained    d_in + R          x for A's gradient, z for B's
     plain, A frozen     R                 z only (LoRA-FA)
-    combined (γ)        + 2 d_out         the frozen output and the delta's, for γ's gradient
-    dropout             + d_in            the mask (and with γ the dropped x instead of x)
+    combined (γ)        + d_out           the inner sum, for γ's gradient; not fused the frozen output and the delta's
+    dropout             + 0               the mask is made again; not fused it is kept (and with γ the dropped x instead of x)
 A method outside this form declares its own count in DECLARED.
 """
 
@@ -62,12 +62,13 @@ DECLARED: dict[str, Callable[[Branch, bool], int]] = {
 }
 
 
-def allowed(name: str, branch: Branch, dropout: bool) -> int:
+def allowed(name: str, branch: Branch, dropout: bool, fused: bool) -> int:
     """Elements a token."""
     if name in DECLARED:
-        return DECLARED[name](branch, dropout)
+        return DECLARED[name](branch, dropout and not fused)
     site, trains_A = branch.site, "A" in branch.delta.trains
-    return site.d_in * trains_A + branch.delta.bound() + 2 * site.d_out * bool(branch.combine.trains) + site.d_in * dropout
+    outputs = site.d_out * (1 if fused else 2) * bool(branch.combine.trains)
+    return site.d_in * trains_A + branch.delta.bound() + outputs + site.d_in * (dropout and not fused)
 
 
 def saved(module: nn.Module, x: Tensor) -> tuple[float, int]:
@@ -96,7 +97,8 @@ def check_L15(name: str) -> None:
             told = said(adapted, branch.host.module, batch(rows=TOKENS, length=1))
             adapted.context.memo.update(told)
             a_token, once = saved(branch.host.module, x)
-            assert a_token <= allowed(name, branch, dropout), (branch.site.name, dropout, a_token)
+            fused = branch.host.module.lora.fused(x) is not None
+            assert a_token <= allowed(name, branch, dropout, fused), (branch.site.name, dropout, a_token)
             rank = branch.delta.bound() if branch.delta.linear else branch.delta.r
             assert once <= 4 * (branch.site.d_in + branch.site.d_out) * rank, "more than gated or joined factors"
 

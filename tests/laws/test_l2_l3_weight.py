@@ -36,12 +36,14 @@ def check_L2(name: str) -> None:
                 branch.w = w
             for branch in adapted.branches():
                 x = inputs(branch)
-                part, _ = part_of_output(branch, x, adapted)
+                part, y = part_of_output(branch, x, adapted)
                 W = branch.weight()
                 want = W.T[x] if branch.site.kind == "embedding" else x @ W.T
                 want = want if branch.bias() is None else want + branch.bias()
                 assert want.abs().max() > 1e-3
                 assert far(part, want) < 1e-9, (arch, branch.site.name, w, far(part, want))
+                whole = branch.host.module.lora.fused(x)
+                assert whole is None or far(whole, y + want) < 1e-9, (arch, branch.site.name, w, far(whole, y + want))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from lorakit import Adapted, Method, attach
 from lorakit.core.shared import Patch
 from lorakit.core.site import ROOT
 from tests.laws.matrix import under
-from tests.laws.subject import base, batch, dense, far, subject
+from tests.laws.subject import base, batch, dense, far, not_fused, subject
 
 PLACES = (
     ("llama", ["all-linear", "embedding"]),
@@ -63,4 +63,10 @@ def check_L9(name: str) -> None:
 
 @pytest.mark.parametrize("name", under("L9"))
 def test_L9(name: str) -> None:
+    check_L9(name)
+
+
+@pytest.mark.parametrize("name", under("L9"))
+def test_L9_not_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    not_fused(monkeypatch)
     check_L9(name)
