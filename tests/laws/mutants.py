@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapters.peft_types import adalora as peft_adalora

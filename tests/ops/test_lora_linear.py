@@ -16,7 +16,7 @@ from lorakit.ops import reference
 from lorakit.ops.lora_linear import TENSORS, Layer, lora_linear
 from lorakit.ops.mask import Mask
 
-D_IN, TOKENS = 12, (2, 5)
+D_IN = 12
 
 
 def linear(d_out: int, dtype: torch.dtype, rng: torch.Generator) -> nn.Linear:
@@ -38,9 +38,9 @@ def layer(seed: int, *, d_out: int = 7, r: int = 3, has: tuple[str, ...] = (), p
     mask = Mask(torch.tensor([seed, 1]), torch.tensor(5 + seed), p) if p else None
     host = linear(d_out, dtype, rng)
     bias = kept.get("bias")
-    return Layer(
-        lambda x: F.linear(x, host.weight, None if bias is None else bias.to(dtype)), Dense(host).matmul_t, 0.5 + seed, **kept, mask=mask
-    )
+    dense = Dense(host).dense if dtype == wide and seed % 2 else None  # every second one may be merged
+    frozen = lambda x: F.linear(x, host.weight, None if bias is None else bias.to(dtype))  # noqa: E731
+    return Layer(frozen, Dense(host).matmul_t, 0.5 + seed, **kept, mask=mask, dense=dense)
 
 
 def plain(x: Tensor, one: Layer) -> Tensor:
@@ -73,7 +73,7 @@ def assert_alike(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-1
     st.lists(
         st.builds(
             dict,
-            d_out=st.integers(1, 9),
+            d_out=st.integers(1, 20),
             r=st.integers(1, 5),
             has=st.sets(st.sampled_from(["g", "b", "gain", "bias"])).map(tuple),
             p=st.sampled_from([0.0, 0.0, 0.3]),
@@ -86,7 +86,8 @@ def assert_alike(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-1
 def test_values_and_gradients_are_the_references(forms: list[dict[str, Any]], data: st.DataObject) -> None:
     layers = [layer(i, **form) for i, form in enumerate(forms)]
     used = data.draw(st.lists(st.integers(0, len(layers) - 1), min_size=1, unique=True))
-    x = torch.randn(*TOKENS, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(9), requires_grad=True)
+    tokens = data.draw(st.sampled_from([(2, 4), (2, 5), (30,)]))  # fewer than d_out, between, more than d_in
+    x = torch.randn(*tokens, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(9), requires_grad=True)
     assert_alike(*both(layers, x, sorted(used)))
 
 
@@ -180,3 +181,38 @@ def test_nothing_trainable_below_asks_nothing_of_the_base() -> None:
 def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert_alike(*both([layer(0), layer(1, p=0.2)], x))
+
+
+def products(tokens: int, d_out: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Shapes of the sums W + ΔW formed in forward and in backward."""
+    x = torch.randn(tokens, D_IN, dtype=torch.float64, requires_grad=True)
+    with Shapes("addmm") as forward:
+        (y,) = lora_linear(x, [layer(1, d_out=d_out)])
+    with Shapes("addmm") as backward:
+        y.sum().backward()
+    return forward.shapes, backward.shapes
+
+
+class Shapes(TorchDispatchMode):
+    def __init__(self, name: str) -> None:
+        self.name, self.shapes = name, list[tuple[int, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == self.name:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_the_order_of_products_follows_the_shape() -> None:
+    assert products(13, 20) == ([(20, D_IN)], [])  # more tokens than d_in
+    assert products(12, 4) == ([], [(4, D_IN)])  # more than d_out
+    assert products(30, 20) == ([(20, D_IN)], [(20, D_IN)])
+    assert products(4, 4) == ([], [])
+
+
+def test_merging_leaves_a_change_of_nothing_bit_for_bit() -> None:
+    one = layer(1, has=("bias",), dtype=torch.float32)
+    x = torch.randn(100, D_IN)
+    (y,) = lora_linear(x, [one._replace(B=torch.zeros_like(one.B))])
+    assert torch.equal(y, one.frozen(x))

@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.base import Base, base_of
+from lorakit.core.base import Base, Dense, base_of
 from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta, Factors
@@ -102,8 +102,9 @@ class Branch(nn.Module):
         mask, gain = self.delta.mask(x, ctx), self.combine.gain(self.host, self.delta)
         if gain is not None and (mask is not None or self.w != 1.0):
             return None
-        module = self.host.module
-        return Layer(partial(frozen, module), self.host.matmul_t, f.s * self.w, f.A, f.B, f.g, f.b, gain, self.host.bias, mask)
+        dense = self.host.dense if isinstance(self.host, Dense) and self.host.dtype == f.A.dtype else None
+        call = partial(frozen, self.host.module)
+        return Layer(call, self.host.matmul_t, f.s * self.w, f.A, f.B, f.g, f.b, gain, self.host.bias, mask, dense)
 
     def forward(self, x: Tensor, y: Tensor, ctx: Ctx) -> Tensor:
         """What this adapter adds to the module's frozen output y."""

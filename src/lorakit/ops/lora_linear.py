@@ -3,12 +3,16 @@
 Several layers that read one x go through together: one product with all A, and one gradient for x, to which every W adds in place. Nothing
 is kept that backward can make again: x where an A is trained, A x where what follows it is, the inner sum where γ is. Masks are made again.
 The scale sits on the r-wide side, and nothing d_out wide is written twice. `reference.lora_linear` is the definition.
+
+The order of products follows the shape, as arXiv:2312.03415 chooses it: B (A x) and B A cost the same for n = d_in tokens. With more, W + ΔW
+is formed and multiplied once, in backward with more than d_out. Only where W is as wide as A and B: a narrow sum would round ΔW away.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops import cpu
@@ -30,6 +34,8 @@ class Layer(NamedTuple):
     gain: Tensor | None = None
     bias: Tensor | None = None
     mask: Mask | None = None
+    dense: Callable[[], Tensor] | None = None
+    """W [d_out, d_in] itself, where adding ΔW to it loses nothing: stored so, and as wide as A and B."""
 
 
 TENSORS = ("A", "B", "g", "b", "gain", "bias")
@@ -71,7 +77,7 @@ class _LoraLinear(torch.autograd.Function):
             if dy is not None:
                 z, inner = kept[2 * i : 2 * i + 2]
                 dy, dz = _through(dy.reshape(-1, dy.shape[-1]), layer, z, inner, found[i])
-                dx = layer.matmul_t(dy, dx) if needs_x else None
+                dx = _into(dx, dy, layer) if needs_x else None
             dzs.append(dz)
         if x is not None:
             for grads, dA in zip(found, _dA(x.reshape(-1, x.shape[-1]), layers, dzs), strict=True):
@@ -106,6 +112,8 @@ def _down(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
 
 def _output(x: Tensor, layer: Layer, z: Tensor) -> tuple[Tensor, Tensor | None]:
     """(the layer's output, and what of it γ's gradient needs)."""
+    if _merges(layer, x.numel() // x.shape[-1] > layer.A.shape[1]):
+        return F.linear(x, _merged(layer), layer.bias), None
     y = layer.frozen(x)
     shape, y = y.shape, y.reshape(-1, y.shape[-1])
     u, B = _scaled(z, layer), _up(layer, x.dtype)
@@ -143,13 +151,33 @@ def _dA(x: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Seq
 
 def _add_down(dx: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Tensor:
     """dx with what the A add to it, in place: [n, d_in]."""
-    pairs = [(layer, dz) for layer, dz in zip(layers, dzs, strict=True) if dz is not None]
+    pairs = [(layer, dz) for layer, dz in zip(layers, dzs, strict=True) if dz is not None and not _merges(layer, len(dz) > len(layer.B))]
     if _together([layer for layer, _ in pairs]):
         stacked = torch.cat([layer.A.to(dx.dtype) for layer, _ in pairs])
         return cpu.finish_(dx, torch.cat([dz for _, dz in pairs], 1), stacked.T)
     for layer, dz in pairs:
         cpu.finish_(dx, dz, layer.A.to(dx.dtype).T, mask=layer.mask)
     return dx
+
+
+def _into(dx: Tensor | None, dy: Tensor, layer: Layer) -> Tensor:
+    """dx with what the layer's W adds to it, and ΔW where the two are one."""
+    if not _merges(layer, len(dy) > len(layer.B)):
+        return layer.matmul_t(dy, dx)
+    return dy @ _merged(layer) if dx is None else dx.addmm_(dy, _merged(layer))
+
+
+def _merges(layer: Layer, many: bool) -> bool:
+    """Whether W + ΔW is multiplied at once; `many`: that there are tokens enough for it."""
+    return many and layer.dense is not None and layer.mask is None and layer.gain is None
+
+
+def _merged(layer: Layer) -> Tensor:
+    """W + ΔW: [d_out, d_in]."""
+    assert layer.dense is not None
+    W = layer.dense()
+    A = layer.A if layer.g is None else layer.g[:, None] * layer.A
+    return torch.addmm(W, _up(layer, W.dtype), A, alpha=layer.s)
 
 
 def _scale(layer: Layer) -> float:

@@ -282,18 +282,18 @@ def init_with(**parts: Any) -> Change:
 
 def train_too(m: pytest.MonkeyPatch) -> None:
     """A learns as well."""
-    own = lora_xs.Cored.forward
+    own = lora_xs.Cored.product
 
-    def forward(self: Any, x: Tensor, ctx: Any) -> Tensor:
+    def product(self: Any, ctx: Any) -> Any:
         self.A += 1e-3
-        return own(self, x, ctx)
+        return own(self, ctx)
 
-    m.setattr(lora_xs.Cored, "forward", forward)
+    m.setattr(lora_xs.Cored, "product", product)
 
 
 def forgets_the_scale(m: pytest.MonkeyPatch) -> None:
-    own = lora_xs.ops.expand
-    m.setattr(lora_xs.ops, "expand", lambda z, B, s: own(z, B, 1.0))
+    own = lora_xs.Cored.product
+    m.setattr(lora_xs.Cored, "product", lambda self, ctx: own(self, ctx)._replace(s=1.0))
 
 
 def loses_its_frames(m: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,8 @@ def loses_its_frames(m: pytest.MonkeyPatch) -> None:
 
 def turned_core(m: pytest.MonkeyPatch) -> None:
     """Forward multiplies by Rᵀ."""
-    m.setattr(lora_xs.Cored, "forward", lambda self, x, ctx: self.s * lora_xs.ops.project(x, self.A) @ self.R @ self.B.T)
+    own = lora_xs.Cored.product
+    m.setattr(lora_xs.Cored, "product", lambda self, ctx: own(self, ctx)._replace(B=self.B @ self.R.T))
 
 
 MUTANTS: list[tuple[str, Change]] = [

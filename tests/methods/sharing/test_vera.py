@@ -23,7 +23,7 @@ from lorakit.ops import reference
 from tests.adapters import test_trajectory_peft as trajectory
 from tests.adapters.subject import quiet
 from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, far, logits, loss_of, same_bits, subject
+from tests.laws.subject import awaken, base, batch, far, logits, loss_of, not_fused, same_bits, subject
 from tests.methods.tools import fit, layer, normal, teacher
 
 
@@ -292,7 +292,11 @@ def at_every_site(m: pytest.MonkeyPatch) -> None:
 
 
 def forward(change: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]) -> Change:
-    return lambda m: m.setattr(vera, "scaled", change)
+    def changed(m: pytest.MonkeyPatch) -> None:
+        not_fused(m)
+        m.setattr(vera, "scaled", change)
+
+    return changed
 
 
 def without_fit(m: pytest.MonkeyPatch) -> None:
