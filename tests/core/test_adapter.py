@@ -33,19 +33,26 @@ def test_factors_at_rest_are_those_of_the_live_branches(name: str) -> None:
 def test_checks_name_what_is_wrong() -> None:
     state = subject("lora", sites="qv").state()
     key = next(iter(state.tensors))
-    shapes = {k: v.shape for k, v in state.tensors.items()}
 
     def broken(**changes: object) -> str:
         tensors = {k: v for k, v in (dict(state.tensors) | changes).items() if v is not None}
         with pytest.raises(AdapterMismatch) as caught:
-            dataclasses.replace(state, tensors=tensors).check(shapes, "here")
+            dataclasses.replace(state, tensors=tensors).check(state.tensors, "here")
         return str(caught.value)
 
     assert f"1 missing ({key}" in broken(**{key: None})
     assert "not expected" in broken(**{"extra.A": torch.zeros(1)})
     assert "Did you mean" in broken(**{key: None, key.replace("q_proj", "q_porj"): torch.zeros(1)})
     assert "shape (3,)" in broken(**{key: torch.zeros(3)})
-    assert "NaN" in broken(**{key: torch.full(shapes[key], torch.nan)})
+    shape = state.tensors[key].shape
+    assert "holds torch.int64; expected floating-point numbers" in broken(**{key: torch.zeros(shape, dtype=torch.int64)})
+    for value in (torch.nan, torch.inf, -torch.inf):
+        one = torch.zeros(shape)
+        one.view(-1)[-1] = value
+        assert "NaN or infinite" in broken(**{key: one})
+        assert "NaN or infinite" in broken(**{key: one.index_fill(-1, torch.tensor([0]), torch.inf)})  # inf − inf
+    large = torch.full(shape, torch.finfo(torch.float32).max)  # their sum overflows
+    dataclasses.replace(state, tensors={**state.tensors, key: large}).check(state.tensors, "here")
 
 
 def test_tensors_of_a_part_are_not_those_of_the_whole() -> None:

@@ -94,6 +94,8 @@ class Branch(nn.Module):
         """The module with this adapter as the fused function takes it (ops/lora_linear.py); None where it is of another form."""
         if self.index is not None or self.site.kind != "linear" or not self.combine.fuses:
             return None
+        if any(part._forward_hooks or part._forward_pre_hooks for part in (self, self.combine, self.delta)):  # someone watches them run
+            return None
         if self.host.module.weight.requires_grad:  # trained whole beside the adapter
             return None
         f = self.delta.product(ctx)

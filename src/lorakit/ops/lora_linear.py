@@ -4,8 +4,9 @@ Several layers that read one x go through together: one product with all A, and 
 is kept that backward can make again: x where an A is trained, A x where what follows it is, the inner sum where γ is. Masks are made again.
 The scale sits on the r-wide side, and nothing d_out wide is written twice. `reference.lora_linear` is the definition.
 
-The order of products follows the shape, as arXiv:2312.03415 chooses it: B (A x) and B A cost the same for n = d_in tokens. With more, the
-sum W + ΔW is formed and multiplied once, in backward with more than d_out. Only where W is as wide as A and B: a narrow sum would round ΔW away.
+The order of products follows the shape, as arXiv:2312.03415 chooses it: B (A x) and B A cost the same for n = d_in tokens. With more of
+them W + ΔW is formed and multiplied once, in backward with more than d_out. Only where W is as wide as A and B: a narrow sum would round
+ΔW away.
 """
 
 from collections.abc import Callable, Sequence

@@ -148,7 +148,7 @@ def test_the_covariance_is_that_of_the_dense_posterior() -> None:
             J = torch.stack([torch.autograd.grad(logits[b, c], theta, retain_graph=True)[0].flatten() for c in range(3)])
             want[b] += J @ inverse @ J.T
     assert far(found.covariance, want) < 1e-5
-    assert far(found.mean, class_logits(adapted.model, {"x": x}).detach()) == 0
+    assert far(found.mean, class_logits(adapted.model, {"x": x}).detach()) < 1e-12
 
 
 def test_without_prior_variance_it_is_the_map_and_the_mean_logits_keep_its_class() -> None:

@@ -18,7 +18,7 @@ from lorakit.parts.bases.nf4_base import NF4, NF4Spec
 from tests.adapters import test_trajectory_peft as trajectory
 from tests.adapters.subject import quiet
 from tests.laws.steps import Run
-from tests.laws.subject import awaken, base, batch, far, logits, loss_of, same_bits, small, subject
+from tests.laws.subject import awaken, base, batch, far, logits, loss_of, not_fused, same_bits, small, subject
 from tests.methods.tools import layer, minimize, normal
 from tests.parts.bases.oracle import bitsandbytes
 
@@ -69,9 +69,15 @@ def test_gradients_go_through_the_decoded_weight(arch: str, sizes: dict[str, int
 
 def test_a_gradient_that_stops_at_the_base_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = host.product
-    monkeypatch.setattr(host, "product", lambda module, packed, x, **how: real(module, packed, x.detach(), **how) + 0 * x.sum())
-    with pytest.raises(AssertionError):
-        check_gradients()
+    for fused in (True, False):
+        with monkeypatch.context() as m:
+            if fused:
+                m.setattr(NF4, "matmul_t", lambda self, dy, into=None: dy.new_zeros(len(dy), self.shape[1]) if into is None else into)
+            else:
+                not_fused(m)
+                m.setattr(host, "product", lambda module, packed, x, **how: real(module, packed, x.detach(), **how) + 0 * x.sum())
+            with pytest.raises(AssertionError):
+                check_gradients()
 
 
 def saved_bytes(adapted: Adapted) -> int:
@@ -98,6 +104,8 @@ def check_saved() -> None:
 
 def test_forward_keeps_no_more_than_lora_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is, nothing dense: a dense W̃ kept at each layer is seen."""
+    check_saved()
+    not_fused(monkeypatch)
     check_saved()
     monkeypatch.setattr(host, "product", lambda module, packed, x, **how: x @ host.decoded(module, packed).T)
     with pytest.raises(AssertionError):
