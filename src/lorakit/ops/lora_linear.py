@@ -10,13 +10,14 @@ them W + ΔW is formed and multiplied once, in backward with more than d_out. On
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.ops import cpu
+from lorakit.ops import cpu, triton
 from lorakit.ops.mask import Mask
 
 
@@ -99,6 +100,15 @@ def _together(layers: Sequence[Layer]) -> bool:
     return len(layers) > 1 and all(layer.mask is None for layer in layers)
 
 
+def _kernels(like: Tensor) -> ModuleType:
+    """The r-wide products on a tensor's device: ops/cpu.py, whose operations run anywhere, or ops/triton."""
+    if not triton.available(like.device, like.dtype):
+        return cpu
+    from lorakit.ops.triton import products
+
+    return products
+
+
 def _trains(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -107,8 +117,8 @@ def _down(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
     """Each layer's A x̃: [n, r]."""
     if _together(layers):
         stacked = torch.cat([layer.A.to(x.dtype) for layer in layers])
-        return list(cpu.down(x, stacked).split([len(layer.A) for layer in layers], 1))
-    return [cpu.down(x, layer.A.to(x.dtype), layer.mask) for layer in layers]
+        return list(_kernels(x).down(x, stacked).split([len(layer.A) for layer in layers], 1))
+    return [_kernels(x).down(x, layer.A.to(x.dtype), layer.mask) for layer in layers]
 
 
 def _output(x: Tensor, layer: Layer, z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -119,9 +129,9 @@ def _output(x: Tensor, layer: Layer, z: Tensor) -> tuple[Tensor, Tensor | None]:
     shape, y = y.shape, y.reshape(-1, y.shape[-1])
     u, B = _scaled(z, layer), _up(layer, x.dtype)
     if layer.gain is None or not layer.gain.requires_grad:
-        return cpu.finish_(y, u, B, gain=layer.gain, bias=layer.bias).view(shape), None
-    inner = cpu.finish_(y, u, B)
-    return cpu.gained(inner, layer.gain, layer.bias).view(shape), inner
+        return _kernels(y).finish_(y, u, B, gain=layer.gain, bias=layer.bias).view(shape), None
+    inner = _kernels(y).finish_(y, u, B)
+    return _kernels(inner).gained(inner, layer.gain, layer.bias).view(shape), inner
 
 
 def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -132,7 +142,7 @@ def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, f
         if inner is not None:
             shift = 0 if layer.bias is None else layer.bias * found["bias"]
             found["gain"] = (dy * inner).sum(0, dtype=layer.gain.dtype) - shift
-        dy = cpu.gained(dy, layer.gain)
+        dy = _kernels(dy).gained(dy, layer.gain)
     du = dy @ _up(layer, dy.dtype)
     if z is not None:
         if _trains(layer.B, layer.b):
@@ -146,8 +156,8 @@ def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, f
 
 def _dA(x: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     if _together(layers) and all(dz is not None for dz in dzs):
-        return list(cpu.outer(torch.cat(dzs, 1), x).split([len(layer.A) for layer in layers]))  # type: ignore[arg-type]
-    return [None if dz is None else cpu.outer(dz, x, layer.mask) for layer, dz in zip(layers, dzs, strict=True)]
+        return list(_kernels(x).outer(torch.cat(dzs, 1), x).split([len(layer.A) for layer in layers]))  # type: ignore[arg-type]
+    return [None if dz is None else _kernels(x).outer(dz, x, layer.mask) for layer, dz in zip(layers, dzs, strict=True)]
 
 
 def _add_down(dx: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Tensor:
@@ -155,9 +165,10 @@ def _add_down(dx: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None])
     pairs = [(layer, dz) for layer, dz in zip(layers, dzs, strict=True) if dz is not None and not _merges(layer, len(dz) > len(layer.B))]
     if _together([layer for layer, _ in pairs]):
         stacked = torch.cat([layer.A.to(dx.dtype) for layer, _ in pairs])
-        return cpu.finish_(dx, torch.cat([dz for _, dz in pairs], 1), stacked.T)
+        _kernels(dx).finish_(dx, torch.cat([dz for _, dz in pairs], 1), stacked.T)
+        return dx
     for layer, dz in pairs:
-        cpu.finish_(dx, dz, layer.A.to(dx.dtype).T, mask=layer.mask)
+        _kernels(dx).finish_(dx, dz, layer.A.to(dx.dtype).T, mask=layer.mask)
     return dx
 
 

@@ -61,7 +61,8 @@ def mixed(seed: int, step: int, site: int) -> int:
 @torch.library.custom_op("lorakit::keep_mask", mutates_args=())
 def keep_mask(like: Tensor, key: Tensor, site: Tensor, p: float) -> Tensor:
     """A bool tensor of `like`'s shape: False with probability p. `key` is int64 [seed, step], `site` int64 [], both on the CPU."""
-    number = mixed(*key.tolist(), int(site))
+    seed, step = key.tolist()
+    number = mixed(seed, step, int(site))
     threshold, fraction = divmod(steps(p), 256)
     width = like.shape[-1] if like.dim() else 1
     rows = like.numel() // max(1, width)
