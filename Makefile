@@ -1,6 +1,7 @@
 # make demo    install, then the whole tour in a few minutes: out/quickstart
 # make test    the fast tests         make slow    the slow ones
 # make check   format, lint, types, architecture, docs
+# make bench   every benchmark beside its peers, best on a quiet machine; results under benchmarks/results    make bench-smoke   in a tiny size
 # make clean   remove what was made; the environment stays (rm -rf .venv removes it)
 #
 # PROCESSES=8                                             fast tests at a time (2)
@@ -16,8 +17,9 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytes
 PROCESSES ?= 2
 THREADS ?= 1# tiny tensors: more threads only wait for each other
 NEEDS = pyproject.toml constraints.txt
+BENCHMARKS = train_step end_to_end adapter_io
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow check bench bench-smoke clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -35,6 +37,13 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 	$(PYTEST) -q tests/test_architecture.py
 	$(VENV)/bin/mkdocs build --quiet --strict
+
+# as a user runs it: all cores, and no wait policy of ours
+bench: $(VENV)/.installed-test
+	for name in $(BENCHMARKS); do env -u OMP_WAIT_POLICY HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
+
+bench-smoke: $(VENV)/.installed-test
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.$$name --smoke || exit 1; done
 
 clean:
 	rm -rf out site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

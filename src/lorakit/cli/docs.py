@@ -1,14 +1,15 @@
-"""The generated pages of the documentation, as a MkDocs hook: one page a method, and their table. They exist only in the build.
+"""The generated pages of the documentation, as a MkDocs hook: a page a method, their table, the benchmarks. They exist only in the build.
 
-A page is what `lorakit show` prints: equations, code, parts. `mkdocs.yml` names this file under `hooks`.
+A method's page is what `lorakit show` prints: equations, code, parts. `mkdocs.yml` names this file under `hooks`.
 """
 
 import importlib
 import inspect
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.cli import page
+from lorakit.cli import page, results
 from lorakit.core.method import Entry, describe, get_method, list_methods
 from lorakit.core.site import Where
 
@@ -35,7 +36,8 @@ def on_files(files: "Files", config: "MkDocsConfig") -> None:
     """Add the pages to the build."""
     from mkdocs.structure.files import File
 
-    for uri, text in pages().items():
+    benchmarks = Path(config.config_file_path).parent / "benchmarks" / "results"
+    for uri, text in (pages() | {"benchmarks.md": results.page(benchmarks)}).items():
         files.append(File.generated(config, uri, content=text))
 
 
