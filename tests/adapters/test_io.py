@@ -225,12 +225,12 @@ RECORDS = {
     "unknown parameter": (set_in("recipe", "kwargs", "rr", value=1), lorakit.BadParameter, r"adapter.json: .*'rr'"),
     "parameter of a wrong type": (set_in("recipe", "kwargs", "r", value="many"), lorakit.BadParameter, "r='many'"),
     "endless pattern": (set_in("recipe", "kwargs", "rank_pattern", value={"(a+)+$": 3}), lorakit.CheckpointError, "forever"),
-    "no site": (set_in("sites", 0, "name", value="../../etc/passwd"), lorakit.AdapterMismatch, "missing"),
-    "a path as a part": (set_in("sites", 0, "name", value="/etc/passwd[q]"), lorakit.AdapterMismatch, "missing"),
+    "no site": (set_in("sites", 0, "name", value="../../etc/passwd"), lorakit.AdapterMismatch, "'../../etc/passwd' that this model lacks"),
+    "a path as a part": (set_in("sites", 0, "name", value="/etc/passwd[q]"), lorakit.AdapterMismatch, "that this model lacks"),
     "site of a wrong kind": (set_in("sites", 0, "kind", value="conv"), lorakit.CheckpointError, "sites.0.kind: Input should be"),
     "site of text": (set_in("sites", 0, "d_in", value="32"), lorakit.CheckpointError, "sites.0.d_in"),
     "huge site": (set_in("sites", 0, "d_in", value=2**40), lorakit.CheckpointError, "sites.0.d_in"),
-    "large site": (set_in("sites", 0, "d_in", value=2**31), lorakit.AdapterMismatch, r"has shape \(2, 32\).*needs \(2, 2147483648\)"),
+    "large site": (set_in("sites", 0, "d_in", value=2**31), lorakit.AdapterMismatch, "other shapes: .* 32 × 2147483648 there"),
     "negative site": (set_in("sites", 0, "d_out", value=-1), lorakit.CheckpointError, "sites.0.d_out"),
     "rows that do not add up": (set_in("sites", 0, "rows", value=[[0, 31]]), lorakit.CheckpointError, "not .*pairs of 32 rows"),
     "rows backwards": (set_in("sites", 0, "rows", value=[[64, 32]]), lorakit.CheckpointError, "not .*pairs of 32 rows"),
@@ -249,6 +249,18 @@ def test_records_that_do_not_hold(what, saved):
     change, error, message = RECORDS[what]
     edited(folder, change)
     refused(model, folder, error, message)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("no site", "missing"), ("a path as a part", "missing"), ("large site", r"has shape \(2, 32\).*needs \(2, 2147483648\)")],
+)
+def test_records_are_checked_without_a_model_too(what, message, saved):
+    """No memory of the size that a record claims is asked for."""
+    _, folder = saved
+    edited(folder, RECORDS[what][0])
+    with pytest.raises(lorakit.AdapterMismatch, match=message):
+        load_adapter(folder)
 
 
 def test_records_that_are_no_json(saved):

@@ -9,15 +9,15 @@ Saving, loading and saving again gives the same bytes. A folder is replaced as a
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG
 from lorakit.adapters.record import read_bounded, read_record, recipe_in, record_of, to_json
-from lorakit.adapters.weights import PICKLES, pack, refusal, unpack
+from lorakit.adapters.weights import PICKLES, pack, read, refusal
 from lorakit.core.adapter import POOL, UNFROZEN, Adapter
 from lorakit.core.combine import AddSpec
-from lorakit.core.errors import AdapterMismatch, CheckpointError, did_you_mean
+from lorakit.core.errors import CheckpointError, did_you_mean
 from lorakit.core.site import ROOT
 
 RECORD = "adapter.json"
@@ -36,6 +36,13 @@ def load_adapter(folder: str | Path, *, model: nn.Module | None = None) -> Adapt
 
     Raises CheckpointError for files that cannot be read, AdapterMismatch for tensors that do not fit their own recipe.
     """
+    own = locate(folder, RECORD) is not None
+    adapter = read_adapter(folder, model=model)
+    return check(adapter) if own else adapter
+
+
+def read_adapter(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
+    """`load_adapter`, but for lorakit's own format without `check`: attaching checks the tensors against the deltas that take them."""
     folder = Path(folder)
     if locate(folder, RECORD) is not None:
         return _own(folder)
@@ -52,40 +59,44 @@ def check(adapter: Adapter) -> Adapter:
     What a rescaling method keeps beside its delta depends on the base and is checked when the adapter is attached.
     """
     method = adapter.method()
-    expected: dict[str, torch.Size] = {}
+    expected: dict[str, Tensor] = {}
     pool, deltas = adapter.build("meta")
     if pool is not None:
-        expected |= {f"{ROOT}.{POOL}.{k}": v.shape for k, v in pool.state_dict().items()}
-    for site in adapter.sites:
-        expected |= {f"{site.name}.{k}": v.shape for k, v in deltas[site.name].state_dict().items()}
+        expected |= {f"{ROOT}.{POOL}.{k}": v for k, v in pool.state_dict().items()}
+    for name, shapes in adapter.shapes().items():
         if not isinstance(method.combine, AddSpec):
-            expected |= {f"{site.name}.{k}": v.shape for k, v in adapter.of(site).items() if f"{site.name}.{k}" not in expected}
+            expected |= {f"{name}.{k}": _floats(shape) for k, shape in shapes.items()}
+        expected |= {f"{name}.{k}": v for k, v in deltas[name].state_dict().items()}
     elsewhere = (UNFROZEN, *(f"{ROOT}.{patch.name}." for patch in method.patches))
-    expected |= {k: v.shape for k, v in adapter.tensors.items() if k.startswith(elsewhere)}
+    expected |= {k: _floats(v.shape) for k, v in adapter.tensors.items() if k.startswith(elsewhere)}
     adapter.check(expected, f"its own recipe {adapter.recipe.name!r}")
-    indices = {f"{name}.{k}": v.dtype for name, delta in deltas.items() for k, v in delta.state_dict().items() if not v.is_floating_point()}
-    for name in expected:
-        found, wanted = adapter.tensors[name].dtype, indices.get(name)
-        if found != wanted if wanted is not None else not found.is_floating_point:
-            raise AdapterMismatch(f"tensor {name} holds {found}; expected {wanted or 'floating-point numbers'}")
     return adapter
+
+
+def _floats(shape: torch.Size) -> Tensor:
+    """What a tensor of a shape that is not known here should be."""
+    return torch.empty(shape, device="meta")
 
 
 def read_weights(path: Path | None, folder: Path, name: str) -> bytes:
     """The bytes of a folder's weights file."""
+    return found_weights(path, folder, name).read_bytes()
+
+
+def found_weights(path: Path | None, folder: Path, name: str) -> Path:
+    """The path of a folder's weights file, which must be there."""
     if path is None:
         pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
         raise CheckpointError(refusal(pickles[0]) if pickles else f"{folder} has no {name}: it was not copied whole")
-    return path.read_bytes()
+    return path
 
 
 def _own(folder: Path) -> Adapter:
     path = locate(folder, RECORD)
     assert path is not None
     record = read_record(read_bounded(path), path)
-    weights = locate(folder, WEIGHTS)
-    tensors = unpack(read_weights(weights, folder, WEIGHTS), weights or folder)
-    return check(Adapter(recipe_in(record, path), tuple(s.site() for s in record.sites), tensors, record.meta))
+    tensors = read(found_weights(locate(folder, WEIGHTS), folder, WEIGHTS))
+    return Adapter(recipe_in(record, path), tuple(s.site() for s in record.sites), tensors, record.meta)
 
 
 def _nothing(folder: Path) -> str:

@@ -1,9 +1,12 @@
 """Tensors as safetensors bytes, and back. Nothing else is ever opened: a pickle can run code when it is read."""
 
+import io
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -12,6 +15,13 @@ from lorakit.core.errors import CheckpointError
 
 HEADER_LIMIT = 64 * 2**20
 """Bytes of a safetensors header: some 400 thousand tensors."""
+
+SIDE_LIMIT = 2**40
+DIMENSIONS = 8
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -28,16 +38,69 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 def unpack(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors in a file's bytes. `path` is for the message. Raises CheckpointError for a pickle, garbage or a cut-off file."""
-    header = int.from_bytes(data[:8], "little")
-    if data[8:9] != b"{" or not 0 < header <= min(HEADER_LIMIT, len(data) - 8):
-        if data.startswith(PICKLE_STARTS):
+    """`read`, of a file's bytes. `path` is for the message."""
+    return _tensors(io.BytesIO(data), len(data), path)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file. Raises CheckpointError for a pickle, garbage or a cut-off file.
+
+    Each is read into memory of its own: its bytes are copied once, nothing keeps another's alive, and whatever happens to the file later
+    changes none of them (a mapping would show what is written over it, and fault where it is cut).
+    """
+    with path.open("rb") as file:
+        return _tensors(file, path.stat().st_size, path)
+
+
+def _tensors(file: io.BufferedIOBase, size: int, path: Path) -> dict[str, Tensor]:
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    header = file.read(length) if 0 < length <= min(HEADER_LIMIT, size - 8) else b""
+    if not header.startswith(b"{"):
+        if start.startswith(PICKLE_STARTS):
             raise CheckpointError(refusal(path))
-        raise CheckpointError(f"{path} is not a whole safetensors file: its {len(data)} bytes do not hold the header they announce")
+        raise CheckpointError(f"{path} is not a whole safetensors file: its {size} bytes do not hold the header they announce")
     try:
-        return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged or cut off: {str(error).splitlines()[0]}") from error
+        return {place.name: _filled(place, file) for place in _places(json.loads(header), size - 8 - length)}
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is damaged or cut off: {reason}") from error
+
+
+class _Place(NamedTuple):
+    """One tensor in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+    nbytes: int
+
+
+def _places(header: dict[str, Any], size: int) -> list[_Place]:
+    """The tensors in the order of their bytes. Raises ValueError unless these fill the rest of the file without a gap or an overlap."""
+    found, end = [], 0
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    for name, entry in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
+        dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        if dtype is None:
+            raise ValueError(f"{name} has dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}")
+        if len(shape) > DIMENSIONS or not all(type(side) is int and 0 <= side <= SIDE_LIMIT for side in shape):
+            raise ValueError(f"{name} has no shape of a tensor")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if (start, stop) != (end, end + nbytes):
+            raise ValueError(f"{name} lies at bytes {start} to {stop}; expected {end} to {end + nbytes}")
+        found.append(_Place(name, dtype, shape, nbytes))
+        end += nbytes
+    if end != size:
+        raise ValueError(f"its tensors have {end} bytes; the file has {size} for them")
+    return found
+
+
+def _filled(place: _Place, file: io.BufferedIOBase) -> Tensor:
+    data = torch.empty(place.nbytes, dtype=torch.uint8)
+    if file.readinto(data.numpy().data) != place.nbytes:
+        raise ValueError(f"it ends within {place.name}")
+    return data.view(place.dtype).view(place.shape)
 
 
 def refusal(path: Path) -> str:

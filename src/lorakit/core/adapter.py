@@ -1,5 +1,6 @@
 """An adapter at rest: a recipe, its sites, its tensors, and what it should know about itself. No module, no model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,15 @@ class Adapter:
         prefix = site.name + "."
         return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix) and "." not in k[len(prefix) :]}
 
+    def shapes(self) -> dict[str, dict[str, torch.Size]]:
+        """Of every site's tensors, by its name and theirs."""
+        found: dict[str, dict[str, torch.Size]] = {site.name: {} for site in self.sites}
+        for key, tensor in self.tensors.items():
+            name, _, short = key.rpartition(".")
+            if name in found:
+                found[name][short] = tensor.shape
+        return found
+
     def unfrozen(self) -> dict[str, Tensor]:
         """Whole trained parameters, by their path in the model."""
         return {k[len(UNFROZEN) :]: v for k, v in self.tensors.items() if k.startswith(UNFROZEN)}
@@ -60,8 +70,8 @@ class Adapter:
         if pool is not None:
             take_shapes(pool.fit, _shapes(self.shared(POOL)), f"{ROOT}.{POOL}")
         deltas = {s.name: method.delta.build(s, pool=pool, dtype=torch.float32, device=at) for s in self.sites}
-        for site in self.sites:
-            take_shapes(deltas[site.name].fit, _shapes(self.of(site)), site.name)
+        for name, shapes in self.shapes().items():
+            take_shapes(deltas[name].fit, shapes, name)
         return pool, deltas
 
     def deltas(self) -> dict[str, Delta]:
@@ -70,9 +80,9 @@ class Adapter:
         if pool is not None:
             pool.load_state_dict(self.shared(POOL))
             pool.eval().requires_grad_(False)
-        for site in self.sites:
-            delta, tensors = deltas[site.name], self.of(site)
-            delta.load_state_dict({k: v for k, v in tensors.items() if k in delta.state_dict()})
+        for name, delta in deltas.items():
+            held = delta.state_dict()
+            delta.load_state_dict({k: self.tensors[f"{name}.{k}"] for k in held if f"{name}.{k}" in self.tensors})
             delta.eval().requires_grad_(False)
         return deltas
 
@@ -95,19 +105,29 @@ class Adapter:
             raise NotExportable(f"{self.recipe.name} has no factors at {len(without)} sites ({without[0]}, …)")
         return {name: f for name, f in found.items() if f is not None}
 
-    def check(self, expected: Mapping[str, torch.Size], what: str) -> None:
-        """Raise AdapterMismatch unless the tensors are exactly those expected, well shaped and finite."""
+    def check(self, expected: Mapping[str, Tensor], what: str) -> None:
+        """Raise AdapterMismatch unless the tensors are exactly those expected, in shape and kind of number, and finite."""
         missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
         if missing or extra:
             parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in (("missing", missing), ("not expected", extra)) if names]
             hint = did_you_mean(extra[0], missing) if missing and extra else ""
             raise AdapterMismatch(f"the adapter's tensors do not fit {what}: {' and '.join(parts)}. {hint}".rstrip())
-        for name, shape in expected.items():
+        for name, wanted in expected.items():
             tensor = self.tensors[name]
-            if tensor.shape != shape:
-                raise AdapterMismatch(f"tensor {name} has shape {tuple(tensor.shape)}; {what} needs {tuple(shape)}")
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.shape != wanted.shape:
+                raise AdapterMismatch(f"tensor {name} has shape {tuple(tensor.shape)}; {what} needs {tuple(wanted.shape)}")
+            floats = wanted.is_floating_point()
+            if not tensor.is_floating_point() if floats else tensor.dtype != wanted.dtype:
+                raise AdapterMismatch(
+                    f"tensor {name} holds {tensor.dtype}; expected {'floating-point numbers' if floats else wanted.dtype}"
+                )
+            if floats and not _finite(tensor):
                 raise AdapterMismatch(f"tensor {name} holds NaN or infinite values; the adapter is damaged or its training diverged")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. The sum says so eight times faster; it may itself overflow, then each entry is looked at."""
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

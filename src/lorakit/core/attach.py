@@ -14,18 +14,21 @@ from torch import Tensor, nn
 from lorakit.core.adapter import POOL, UNFROZEN, Adapter
 from lorakit.core.base import BaseSpec, expand, hosts
 from lorakit.core.calibrate import Calibration, observe
+from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta
 from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, NotMergeable, did_you_mean
 from lorakit.core.events import Assembled, Calibrated, Init
 from lorakit.core.fingerprint import Fingerprint, fingerprint
-from lorakit.core.fresh import branch_at, key_of, not_both, shared_of, sites_for
-from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
+from lorakit.core.fresh import branch_at, not_both, shared_of, sites_for, take_
+from lorakit.core.layer import Branch, Slot
 from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
+from lorakit.core.pause import paused
+from lorakit.core.places import Places
 from lorakit.core.prepare import Prepare, leave_context
 from lorakit.core.shared import Patch, Shared, take_shapes
-from lorakit.core.site import ROOT, Beyond, Site, Where, strange_stacks
+from lorakit.core.site import MODULES, ROOT, Beyond, Site, Where, sites_of, strange_stacks, weight_shape
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
 
 
@@ -52,13 +55,19 @@ def attach(
 
 
 class Adapted:
-    """A model with adapters. One or several may be active; `switch` chooses, `disabled` shows the base."""
+    """A model with adapters. One or several may be active; `switch` chooses, `disabled` shows the base.
+
+    Hundreds may be attached: what is done with one visits its own branches, never all modules or the others' branches.
+    """
 
     def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
         if any(isinstance(m, Slot) for m in model.modules()):
             raise Incompatible("this model is already adapted; use its handle's .add(name, method), or .detach() it first")
         self.model, self.seed, self.cell = model, seed, Cell()
         self.fingerprint: Fingerprint = fingerprint(model)
+        self._survey()
+        self._places = Places(model, self.cell)
+        self._in_force: tuple[str, ...] = ()
         self.methods: dict[str, Method] = {}
         self.unfrozen: dict[str, list[Unfrozen]] = {}
         self._meta: dict[str, dict[str, Any]] = {}
@@ -86,47 +95,22 @@ class Adapted:
         calibration: Calibration | Iterable[Mapping[str, Any]] | None = None,
     ) -> "Adapted":
         """Add a fresh method or a finished adapter under a name, and make it the active one. `calibration`: as in `attach`."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise BadParameter(f"adapter name {name!r}: use letters, digits, '_' and '-'")
-        if name in dir(nn.ModuleDict):
-            raise BadParameter(f"adapter name {name!r} is an attribute of torch's modules; choose another")
-        if name in self.methods:
-            raise BadParameter(f"an adapter called {name!r} is already attached; switch({name!r}) or choose another name")
-        self._not_while_merged("add an adapter")
-        before = self.active
-        method = self._assembled(what) if isinstance(what, Method) else what.method()
-        if method.base is not None:
-            self._store(method.base)
-        sites = sites_for(self.model, method, what)
-        seed = self.seed if seed is None else seed
-        try:
-            self.methods[name], self.unfrozen[name] = method, []
-            init = self._init(method, sites, calibration) if isinstance(what, Method) else None
-            self.unfrozen[name] = self._unfreeze(method)
-            if method.combine.full_rank():
-                not_both(sites, self.unfrozen[name])
-            shared = self._share(name, method, sites, seed)
-            slots = self._slots([s.module for s in sites])
-            for site in sites:
-                slot = slots[site.whole]
-                saved = what.of(site) if isinstance(what, Adapter) else {}
-                branch = branch_at(site, slot.base, method, init, shared.get(POOL), seed, saved)
-                idle = branch.delta.linear and branch.delta.bound() == 0 and branch.bias() is None
-                if saved or not idle:  # an init may leave a site without rank: left out
-                    slot.branches[key_of(name, site)] = branch
-            self._slots([path for branch in self.branches(name) for path in branch.delta.reads])
-            self._restore_unused()
-            if isinstance(what, Adapter):
-                self._fill(name, what)
-        except BaseException:
-            self._forget(name)
-            self.switch(*before)
-            raise
-        self._note_ties(sites)
-        self._note_stacks(method.sites)
-        if any(s.kind == "embedding" or s.role == "head" for s in sites):
-            self.model.__dict__["resize_token_embeddings"] = _refuse_resize
-        return self.switch(name)
+        self._check_name(name)
+        if isinstance(what, Adapter):  # it stays its owner's
+            what = replace(what, tensors={k: v.clone(memory_format=torch.contiguous_format) for k, v in what.tensors.items()})
+        return self._add(name, what, self.seed if seed is None else seed, calibration)
+
+    def load(self, folder: str | Path, name: str = "default", *, force: bool = False) -> "Adapted":
+        """Add a saved adapter (lorakit's own or a PEFT folder) under a name, and make it the active one. Raises as `lorakit.load` does.
+
+        lorakit's own files are read straight into the model's tensors, which are independent of them afterwards.
+        """
+        from lorakit.adapters.io import read_adapter
+
+        self._check_name(name)
+        adapter = read_adapter(folder, model=self.model)
+        check_base(adapter, self.fingerprint, force=force)
+        return self._add(name, adapter, self.seed, None)
 
     def switch(self, *names: str) -> "Adapted":
         """Make these adapters the active ones; their updates add up, and only they are trainable. No name: the base alone."""
@@ -136,12 +120,11 @@ class Adapted:
                 raise BadParameter(f"no adapter is called {name!r}. {did_you_mean(name, self.methods)}")
         if sum(bool(self.unfrozen[n]) for n in names) > 1:
             raise Incompatible(f"{names} each train whole modules; only one of them can be active at a time")
-        before, self.active = self.active, tuple(dict.fromkeys(names))
+        before = self.active
         try:
-            self._apply()
+            self._activate(*dict.fromkeys(names))
         except BaseException:  # a patch that refuses this model, or another patch beside it
-            self.active = before
-            self._apply()
+            self._activate(*before)
             raise
         return self
 
@@ -188,21 +171,15 @@ class Adapted:
     # --- what there is ----------------------------------------------------------------------------------------------------
 
     def branches(self, name: str | None = None) -> list[Branch]:
-        """The branches of one adapter, or of all active ones, in model order."""
-        names = (name,) if name else self.active
-        found = [(s, k) for s in self._all_slots() for k in s.branches]
-        return [s.branches[k] for s, k in found if k.split("[")[0] in names]  # type: ignore[misc]
+        """The branches of one adapter, or of all active ones one after the other, in model order."""
+        return self._places.branches(*((name,) if name else self.active))
 
     def params(self) -> ParamTable:
         """Every trainable parameter of the active adapters."""
         rows = []
-        for branch in self.branches():
-            for part in (branch.delta, branch.combine):
-                roles = part.roles()
-                rows += [Param(f"{branch.site.name}.{a}", part, a, roles[a], branch.site) for a in sorted(part.trains)]
-        for child, module in [pair for name in self.active for pair in self.shared(name).items()]:
-            roles = module.roles()
-            rows += [Param(f"{ROOT}.{child}.{a}", module, a, roles[a], None) for a in sorted(module.trains)]
+        for path, part, site in self._parts():
+            roles = part.roles()
+            rows += [Param(f"{path}.{a}", part, a, roles[a], site) for a in sorted(part.trains)]
         for name in self.active:
             rows += [Param(UNFROZEN + u.name, u.module, u.attribute, "full", None) for u in self.unfrozen[name]]
         once = {id(row.tensor): row for row in reversed(rows)}  # tied weights trained together are one parameter
@@ -210,8 +187,8 @@ class Adapted:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Every tensor of one adapter as it is in the model now, keyed as in Adapter."""
-        found = {f"{b.site.name}.{k}": v for b in self.branches(name) for k, v in _tensors(b).items()}
-        found |= {f"{ROOT}.{child}.{k}": v for child, module in self.shared(name).items() for k, v in module.state_dict().items()}
+        found = {k: v for b in self.branches(name) for k, v in _tensors(b).items()}
+        found |= {f"{path}.{k}": v for path, module in self._children(name) for k, v in module.state_dict().items()}
         return found | {UNFROZEN + u.name: u.trained.detach() for u in self.unfrozen[name]}
 
     def shared(self, name: str) -> dict[str, Shared]:
@@ -222,7 +199,7 @@ class Adapted:
     def fit(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Give an adapter's tensors the shapes of `values`, keyed as in Adapter, where its parts allow it. Raises AdapterMismatch."""
         parts: list[tuple[str, Delta | Shared]] = [(b.site.name, b.delta) for b in self.branches(name)]
-        for path, part in [*parts, *((f"{ROOT}.{child}", module) for child, module in self.shared(name).items())]:
+        for path, part in [*parts, *self._children(name)]:
             take_shapes(part.fit, {k: values[f"{path}.{k}"].shape for k in part.state_dict() if f"{path}.{k}" in values}, path)
 
     @torch.no_grad()
@@ -262,20 +239,19 @@ class Adapted:
                 raise NotMergeable(f"{branch.site.name} has no bias to merge the adapter's into; keep the adapter attached")
             branch.expel()
         tied = _tied_modules(self.model)
-        for slot in self._all_slots():
-            if slot.active:
-                base = slot.base
-                wide = torch.promote_types(base.dtype, torch.float32)
-                changes = [slot.branches[k].weight().to(wide) for k in slot.active]  # type: ignore[operator]
-                shifts = [b for k in slot.active if (b := slot.branches[k].bias()) is not None]  # type: ignore[operator]
-                if shifts:
-                    base.shift_(functools.reduce(torch.add, shifts))
-                base.open_()
-                base.assign_(base.dense(wide) + functools.reduce(torch.add, changes))
-                slot.active = ()
-                if id(base.module) in tied:
-                    self._set_tied(False)
-        weights = {id(m._parameters.get("weight")) for m in self.model.modules()}
+        for slot in self._places.of(*self.active):
+            base = slot.base
+            wide = torch.promote_types(base.dtype, torch.float32)
+            changes = [slot.branches[k].weight().to(wide) for k in slot.active]  # type: ignore[operator]
+            shifts = [b for k in slot.active if (b := slot.branches[k].bias()) is not None]  # type: ignore[operator]
+            if shifts:
+                base.shift_(functools.reduce(torch.add, shifts))
+            base.open_()
+            base.assign_(base.dense(wide) + functools.reduce(torch.add, changes))
+            slot.active = ()
+            if base.module in tied:
+                self._set_tied(False)
+        weights = {id(m._parameters.get("weight")) for m in _own_modules(self.model)}
         if any(id(u.original) in weights for n in self.active for u in self.unfrozen[n]):  # trained beside a frozen twin
             self._set_tied(False)
         self._merged = True
@@ -317,6 +293,11 @@ class Adapted:
 
     def state(self, name: str | None = None) -> Adapter:
         """The adapter at rest: CPU copies of its tensors."""
+        seen = self._seen(name)
+        return replace(seen, tensors={k: v.to("cpu", copy=True).contiguous() for k, v in seen.tensors.items()})
+
+    def _seen(self, name: str | None) -> Adapter:
+        """The adapter as it is now, with the model's own tensors."""
         name = name or self._only_active()
         method = self.methods[name]
         if method.recipe is None:
@@ -324,19 +305,93 @@ class Adapted:
         quantized = getattr(self.model, "quantized", None)  # lorakit.quantize left word of it
         storage = {} if quantized is None else {"quantized": quantized}
         meta = {"base": self.fingerprint.as_dict(), **storage, **self._meta.get(name, {})}
-        copies = {k: v.to("cpu", copy=True).contiguous() for k, v in self.tensors(name).items()}
-        return Adapter(method.recipe, tuple(b.site for b in self.branches(name)), copies, meta)
+        return Adapter(method.recipe, tuple(b.site for b in self.branches(name)), self.tensors(name), meta)
 
     def save(self, folder: str | Path, name: str | None = None) -> Path:
         """Write the adapter to a folder, atomically. Never touches the network."""
         from lorakit.adapters.io import save_adapter
 
-        return save_adapter(self.state(name), folder)
+        return save_adapter(self._seen(name), folder)
 
     # --- inside -----------------------------------------------------------------------------------------------------------
 
     def _all_slots(self) -> list[Slot]:
-        return [m for m in self.model.modules() if isinstance(m, Slot)]
+        return list(self._places.slots.values())
+
+    def _children(self, name: str) -> list[tuple[str, Shared]]:
+        """What one adapter's sites share, and the prefix of its tensors' names."""
+        return [(f"{ROOT}.{child}", module) for child, module in self.shared(name).items()]
+
+    def _parts(self) -> Iterator[tuple[str, Delta | Combine | Shared, Site | None]]:
+        """What may train of the active adapters: the prefix of its tensors' names, the module, its site."""
+        for branch in self.branches():
+            yield branch.site.name, branch.delta, branch.site
+            yield branch.site.name, branch.combine, branch.site
+        for name in self.active:
+            yield from ((path, module, None) for path, module in self._children(name))
+
+    def _known(self) -> list[Site]:
+        """The model's sites. Its modules stay while it is adapted; only the vocabulary may be resized."""
+        if any(weight_shape(self.model.get_submodule(s.module)) != (s.d_out, s.d_in) for s in self._vocabulary):
+            self._survey()
+        return self._sites
+
+    def _survey(self) -> None:
+        """Look through the model, once for all adapters."""
+        self._sites, self._strange, self._twins = sites_of(self.model), strange_stacks(self.model), _tied_modules(self.model)
+        self._vocabulary = [s for s in self._sites if s.role in ("embed", "head") and s.kind in MODULES and s.rows is None]
+
+    def _check_name(self, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadParameter(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+        if name in dir(nn.ModuleDict):
+            raise BadParameter(f"adapter name {name!r} is an attribute of torch's modules; choose another")
+        if name in self.methods:
+            raise BadParameter(f"an adapter called {name!r} is already attached; switch({name!r}) or choose another name")
+        self._not_while_merged("add an adapter")
+
+    @paused()
+    def _add(
+        self, name: str, what: Method | Adapter, seed: int, calibration: Calibration | Iterable[Mapping[str, Any]] | None
+    ) -> "Adapted":
+        """`add`, after its first checks. An adapter's tensors become the model's own where dtype and device are the same."""
+        before = self.active
+        method = self._assembled(what) if isinstance(what, Method) else what.method()
+        if method.base is not None:
+            self._store(method.base)
+        known = self._known()
+        sites = sites_for(known, method, what)
+        try:
+            self._activate()  # inits, clones and combines see the base alone
+            self.methods[name], self.unfrozen[name] = method, []
+            init = self._init(method, sites, calibration) if isinstance(what, Method) else None
+            if method.unfreeze:
+                self.unfrozen[name] = unfreeze(self.model, method.unfreeze)
+            if method.combine.full_rank():
+                not_both(sites, self.unfrozen[name])
+            shared = self._share(name, shared_of(self.model, method, sites, known, self.cell, seed))
+            saved = what.shapes() if isinstance(what, Adapter) else {}
+            held: dict[str, Tensor] = {}
+            for site in sites:
+                shapes = saved.get(site.name, {})
+                branch = branch_at(site, self._places.slot(site).base, method, init, shared.get(POOL), seed, shapes)
+                if isinstance(what, Adapter):  # at once: what the delta was made with is free for the next one
+                    held |= take_(_tensors(branch, keep_vars=True), what.tensors)
+                idle = not shapes and branch.delta.linear and branch.delta.bound() == 0 and branch.bias() is None
+                if not idle:  # an init may leave a site without rank: left out
+                    self._places.put(name, site, branch)
+            self._places.complete(name)
+            if isinstance(what, Adapter):
+                self._fill(name, what, held)
+        except BaseException:
+            self._forget(name)
+            self.switch(*before)
+            raise
+        self._note_ties(sites)
+        self._note_stacks(method.sites)
+        if any(s.kind == "embedding" or s.role == "head" for s in sites):
+            self.model.__dict__["resize_token_embeddings"] = _refuse_resize
+        return self.switch(name)
 
     def _store(self, spec: BaseSpec) -> None:
         for module in hosts(self.model, spec.sites):
@@ -370,40 +425,25 @@ class Adapted:
                 f"{type(method.init).__name__} starts from data: give attach(model, method, calibration=batches), some "
                 f"{method.init.batches} batches with labels; `lorakit train` takes them from the training data"
             )
-        self.active = ()
-        self._install()
         data = calibration if isinstance(calibration, Calibration) else Calibration(list(calibration))
         return method.init.fit(observe(self.model, sites, method.init.needs, data), sites)
 
-    def _share(self, name: str, method: Method, sites: list[Site], seed: int) -> dict[str, Shared]:
+    def _share(self, name: str, shared: dict[str, Shared]) -> dict[str, Shared]:
         """Put what the sites share under the model's root."""
-        shared = shared_of(self.model, method, sites, self.cell, seed)
         if shared:
             if ROOT not in self.model._modules:
                 self.model.add_module(ROOT, nn.ModuleDict())
             self.model._modules[ROOT][name] = nn.ModuleDict(shared)  # type: ignore[index, operator]
         return shared
 
-    def _slots(self, paths: Iterable[str]) -> dict[str, Slot]:
-        """The slots of these modules, by the path of the weight's site."""
-        out: dict[str, Slot] = {}
-        for path in dict.fromkeys(paths):
-            module = self.model.get_submodule(path)
-            if not slots_of(module):
-                adapt(module, path, self.cell)
-            out |= {slot.path: slot for slot in slots_of(module)}
-        return out
-
-    def _unfreeze(self, method: Method) -> list[Unfrozen]:
-        self.active = ()
-        self._install()
-        return unfreeze(self.model, method.unfreeze) if method.unfreeze else []
-
-    def _fill(self, name: str, adapter: Adapter) -> None:
-        """Copy a finished adapter's tensors in, after checking every one of them."""
-        self.fit(name, adapter.tensors)
-        adapter.check({k: v.shape for k, v in self.tensors(name).items()}, f"method {adapter.recipe.name!r} on this model")
-        self.load_tensors(name, adapter.tensors)
+    def _fill(self, name: str, adapter: Adapter, held: dict[str, Tensor]) -> None:
+        """Give what the sites share and the whole modules their tensors too, and check every one of the adapter's. `held`: the sites'."""
+        for path, module in self._children(name):
+            shapes = {k: adapter.tensors[f"{path}.{k}"].shape for k in module.state_dict() if f"{path}.{k}" in adapter.tensors}
+            take_shapes(module.fit, shapes, path)
+            held |= take_({f"{path}.{k}": v for k, v in module.state_dict(keep_vars=True).items()}, adapter.tensors)
+        held |= take_({UNFROZEN + u.name: u.trained for u in self.unfrozen[name]}, adapter.tensors)
+        adapter.check(held, f"method {adapter.recipe.name!r} on this model")
         self._meta[name] = {k: v for k, v in adapter.meta.items() if k != "base"}
         here = getattr(self.model, "quantized", None)
         if adapter.meta.get("quantized") != here and self.methods[name].base is None:
@@ -418,10 +458,7 @@ class Adapted:
             del roots[name]  # type: ignore[union-attr, operator]
         if roots is not None and not len(roots):  # type: ignore[arg-type]
             del self.model._modules[ROOT]
-        for slot in self._all_slots():
-            for key in [k for k in slot.branches if k.split("[")[0] in names]:
-                del slot.branches[key]
-        self._restore_unused()
+        self._places.drop(*names)
         forgotten = [entry for name in names for entry in self.unfrozen.pop(name, [])]
         needed = {id(entry.module) for rest in self.unfrozen.values() for entry in rest}
         for entry in forgotten:  # after the slots: an adapted class may sit on a casting one
@@ -432,30 +469,32 @@ class Adapted:
             self.methods.pop(name, None)
             self._meta.pop(name, None)
 
-    def _restore_unused(self) -> None:
-        """Swap back the class of every module that no adapter changes or reads."""
-        read = {path for n in self.methods for branch in self.branches(n) for path in branch.delta.reads}
-        for module in [m for m in self.model.modules() if slots_of(m)]:
-            if not any(slot.branches or slot.path in read for slot in slots_of(module)):
-                restore(module)
-
-    def _apply(self) -> None:
-        self.model.requires_grad_(False)
+    def _activate(self, *names: str) -> None:
+        """Show these adapters, and let only them train."""
+        self._require(False)
+        for p, _ in self._required:
+            p.requires_grad_(False)
+        self.active = names
         self._install()
-        for row in self.params():
-            row.tensor.requires_grad_(True)
+        self._require(True)
+
+    def _require(self, trains: bool) -> None:
+        """Set whether the active adapters' tensors train."""
+        for _, part, _ in self._parts():
+            for attribute in part.trains:
+                getattr(part, attribute).requires_grad_(trains)
+        for entry in [u for name in self.active for u in self.unfrozen[name]]:
+            entry.trained.requires_grad_(trains)
 
     def _install(self) -> None:
-        for entries in self.unfrozen.values():
-            for entry in entries:
-                entry.install(False)
-        for name in self.active:
-            for entry in self.unfrozen[name]:
-                entry.install(True)
-        for slot in self._all_slots():
-            slot.active = tuple(k for n in self.active for k in slot.branches if k.split("[")[0] == n)
-            for key in set(slot.branches) - set(slot.active):
-                slot.branches[key].expel()  # type: ignore[operator]
+        """Show the active adapters, instead of those that the model showed before."""
+        before, self._in_force = self._in_force, self.active
+        for on, names in ((False, before), (True, self.active)):
+            for entry in [u for name in names for u in self.unfrozen[name]]:
+                entry.install(on)
+        self._places.show(before, self.active)
+        for branch in self._places.branches(*(name for name in before if name not in self.active)):
+            branch.expel()
         while self._installed:
             self._installed.pop().remove()
         children = [module for name in self.active for module in self.shared(name).values()]
@@ -463,7 +502,7 @@ class Adapted:
             patch.install()
             self._installed.append(patch)
         self.cell.draws = any(b.delta.draws for b in self.branches()) or any(module.draws for module in children)
-        self.cell.reads = frozenset(path for b in self.branches() for path in b.delta.reads)
+        self.cell.reads = self._places.reads(*self.active)
 
     def _only_active(self) -> str:
         if len(self.active) != 1:
@@ -480,9 +519,8 @@ class Adapted:
             config.tie_word_embeddings = value
 
     def _note_ties(self, sites: list[Site]) -> None:
-        tied = _tied_modules(self.model)
-        for site in sites:
-            if id(self.model.get_submodule(site.module)) in tied:
+        for site in sites if self._twins else ():
+            if self.model.get_submodule(site.module) in self._twins:
                 self.notes.append(
                     f"{site.module} shares its weight with another module: the adapter changes this use only, and merging unties the two"
                 )
@@ -490,35 +528,47 @@ class Adapted:
     def _note_stacks(self, where: Where | Beyond) -> None:
         """A preset that means every layer says which weights it could not mean."""
         entries = (where,) if isinstance(where, str) else where if isinstance(where, Sequence) else ()
-        strange = strange_stacks(self.model) if {"all-linear", "mlp"} & set(entries) else []
-        if strange:
-            self.notes.append(f"{len(strange)} weights of experts have a form that cannot be adapted and stay frozen: {strange[0]}, …")
+        if self._strange and {"all-linear", "mlp"} & set(entries):
+            n, first = len(self._strange), self._strange[0]
+            self.notes.append(f"{n} weights of experts have a form that cannot be adapted and stay frozen: {first}, …")
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> None:
     raise Incompatible("an embedding or head of this model is adapted and cannot be resized: detach() first, resize, then attach again")
 
 
-def _tensors(branch: Branch) -> dict[str, Tensor]:
-    return {**branch.delta.state_dict(), **branch.combine.state_dict()}
+def _tensors(branch: Branch, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    parts = (branch.delta, branch.combine)
+    return {f"{branch.site.name}.{k}": v for part in parts for k, v in part.state_dict(keep_vars=keep_vars).items()}
 
 
-def _tied_modules(model: nn.Module) -> set[int]:
-    """ids of modules whose `weight` is also another module's."""
-    owners: dict[int, list[int]] = {}
-    for module in model.modules():
+def _tied_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules whose `weight` is also another module's."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in _own_modules(model):
         weight = module._parameters.get("weight")
         if weight is not None:
-            owners.setdefault(id(weight), []).append(id(module))
+            owners.setdefault(id(weight), set()).add(module)
     return {m for modules in owners.values() if len(modules) > 1 for m in modules}
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules without the adapters', which may be many more. One that is in several places comes several times."""
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and name not in ("lora", ROOT):
+            yield from _own_modules(child)
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", force: bool = False) -> Adapted:
     """Attach a saved adapter (lorakit's own or a PEFT folder). Raises AdapterMismatch for a base of other shapes, always, and for one of
     other weights unless `force`."""
-    from lorakit.adapters.io import load_adapter
-
-    return attach_adapter(model, load_adapter(folder, model=model), name=name, force=force)
+    adapted = Adapted(model)
+    try:
+        return adapted.load(folder, name, force=force)
+    except BaseException:
+        adapted.detach()
+        raise
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, *, name: str = "default", force: bool = False) -> Adapted:

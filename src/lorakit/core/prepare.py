@@ -1,6 +1,7 @@
 """Before each forward of an adapted model: fresh masks, a fresh memo, and checkpointing that recomputes under the forward's own context."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.errors import Incompatible
+from lorakit.core.layer import Slot
 
 
 class Prepare:
@@ -27,8 +29,16 @@ class Prepare:
                 _carry_context(model, self.cell)
 
 
+def _outside(module: nn.Module) -> Iterator[nn.Module]:
+    """The model's own modules: a forward should not take longer the more adapters are attached."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, Slot):
+            yield from _outside(child)
+
+
 def _carry_context(model: nn.Module, cell: Cell) -> None:
-    for module in model.modules():
+    for module in _outside(model):
         func = getattr(module, "_gradient_checkpointing_func", None)
         if func is None or not getattr(module, "gradient_checkpointing", False) or "context_fn" in getattr(func, "keywords", {}):
             continue

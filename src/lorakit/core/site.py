@@ -164,9 +164,13 @@ def select(model: nn.Module, where: Where | Beyond) -> list[Site]:
 
     Raises NoSuchSite when any entry matches nothing (a list that half matches is an error, not a warning), naming the closest sites.
     """
+    return among(sites_of(model), where)
+
+
+def among(sites: Sequence[Site], where: Where | Beyond) -> list[Site]:
+    """`select` from all of a model's sites."""
     if isinstance(where, Beyond):
-        return _beyond(select(model, where.where), where.layers)
-    sites = sites_of(model)
+        return _beyond(among(sites, where.where), where.layers)
     if callable(where):
         chosen = [s for s in sites if where(s)]
         if not chosen:
