@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from lorakit.core.layer import Branch, Slot
 
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
-"""Roles whose modules read one input where they have one parent. A module that proves to read another leaves its group."""
+"""Roles whose modules read one input where they have one parent. One that is given another computes alone, and the others in vain."""
+ACROSS = ("cross", "encdec", "encoder_attn")
+"""What the parent's name says where keys and values come from elsewhere than queries."""
 
 
 def group(slots: Iterable[Slot]) -> None:
@@ -14,8 +16,9 @@ def group(slots: Iterable[Slot]) -> None:
     for slot in slots:
         slot.group = ()
         branch = next(iter(slot.branches.values()), None)
-        if isinstance(branch, Branch) and (family := SHARED.get(branch.site.role)):
-            found.setdefault((slot.path.rpartition(".")[0], family), []).append(slot)
+        parent = slot.path.rpartition(".")[0]
+        if isinstance(branch, Branch) and not any(word in parent.lower() for word in ACROSS) and (family := SHARED.get(branch.site.role)):
+            found.setdefault((parent, family), []).append(slot)
     for members in found.values():
         for slot in members:
             slot.group = tuple(members)

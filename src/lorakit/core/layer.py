@@ -178,12 +178,11 @@ class Slot(nn.Module):
             (seen, y), self.ready = self.ready, None
             if seen is x:
                 return y
-            self.group = ()  # its input is not the others'
         layer = self.layer(x)
         if layer is None:
             return None
         found = [(slot, slot.layer(x)) for slot in self.group if slot is not self]
-        others = [(slot, one) for slot, one in found if one is not None and slot.group]
+        others = [(slot, one) for slot, one in found if one is not None]
         y, *rest = lora_linear(x, [layer, *(one for _, one in others)])
         for (slot, _), ready in zip(others, rest, strict=True):
             slot.ready = (x, ready)
