@@ -31,6 +31,10 @@ def test_a_step_holds_about_the_same_tokens_for_everybody(name):
     assert items == pytest.approx(contender.items, rel=0.15)
 
 
+def test_the_micro_batch_gives_way_to_the_step():
+    assert CONTENDERS["Trainer"].batch(replace(PLAN, windows_a_step=2)) == (9, 2), "18 of 18.7 samples, where 2 × 8 would be 16"
+
+
 def test_a_batch_smaller_than_the_wished_micro_batch():
     assert CONTENDERS["lorakit"].batch(replace(PLAN, windows_a_step=2)) == (2, 1)
     assert Contender("trainer", 24).batch(replace(PLAN, windows_a_step=1, samples=50, windows=5))[0] <= 12
@@ -106,7 +110,6 @@ def test_all_stacks_train_on_the_same_tokens_and_end_near_each_other(tmp_path: P
         samples=48,
         windows=len(bench.pack(samples, 512)),
         windows_a_step=1,
-        max_steps=4,
     )
     names = ("lorakit bf16, eager", "lorakit bf16, eager, padded by length", "Trainer", "TRL", "TRL packed")
     found = {name: bench.one(bench.asdict(plan), name, 0) for name in names}

@@ -63,7 +63,7 @@ def test_the_same_outputs_and_gradients(shape: tuple[int, ...], layout: str, dty
     found = both(attention, xs, first, dout)
     for got, want, name in zip(found, exact, ("out", "dq", "dk", "dv"), strict=True):
         assert got.dtype == dtype and got.shape == want.shape
-        size = max(float(want.abs().max()), 1e-3 * float(dout.abs().max()))
+        size = float((want if want.any() else dout).abs().max())  # a token alone moves no query and no key
         assert float((got.double() - want).abs().max()) / size <= BOUNDS[dtype][name != "out"], name
 
 
@@ -89,11 +89,12 @@ def test_bf16_gradients_are_no_worse_than_those_of_torchs_kernel() -> None:
         assert (got.double() - want).norm() <= 2 * (other.double() - want).norm()
 
 
-def test_a_later_tokens_huge_score_leaves_no_trace() -> None:
+@pytest.mark.parametrize("layout", ["causal", "short"])
+def test_a_later_tokens_huge_score_leaves_no_trace(layout: str) -> None:
     (q, k, v), dout = draw((1, 1, 1, 20, 8), torch.bfloat16)
     with torch.no_grad():
-        k[:, :, -1] = 400 * q[:, :, 0]  # exp of it is infinite, where the first query must not look
-    assert all(x.isfinite().all() for x in both(attention, [q, k, v], None, dout))
+        k[:, :, 18] = 400 * q[:, :, 7]  # exp of it is infinite, where that query must not look; both are in one tile
+    assert all(x.isfinite().all() for x in both(attention, [q, k, v], layouts(1, 20)[layout], dout))
 
 
 @pytest.mark.parametrize("layout", ["causal", "short"])
@@ -110,6 +111,7 @@ def test_backward_keeps_q_k_v_out_and_a_number_a_query(layout: str) -> None:
         attention(q, k, v, first, scale=0.4)
     expected = sum(x.numel() * 2 for x in (q, q, k, v)) + 2 * 4 * 37 * 4 + (0 if first is None else first.numel() * 4)
     assert sum(kept.values()) == expected
+    assert {x.untyped_storage().data_ptr() for x in (q, k, v)} <= set(kept)  # themselves, not copies
 
 
 def scores(monkeypatch: pytest.MonkeyPatch, first: Tensor | None, t: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lorakit.data.encoded import IGNORED, Encoded, Labeled
-from lorakit.data.pack import filled, kinds_of
+from lorakit.data.pack import Packed, filled, kinds_of
 
 
 def pad(samples: Sequence[Encoded] | Sequence[Labeled], pad_id: int) -> dict[str, torch.Tensor]:
@@ -22,6 +22,16 @@ def pad(samples: Sequence[Encoded] | Sequence[Labeled], pad_id: int) -> dict[str
         "labels": _labels(samples),
         **kinds_of([None if s.kind is None else [s.kind] * len(s.input_ids) for s in samples], width),
     }
+
+
+def n_tokens(item: Encoded | Labeled | Packed) -> int:
+    """What an item counts in a batch: its tokens."""
+    return len(item.input_ids)
+
+
+def n_tokens_both(sample: Encoded) -> int:
+    """The same for an encoder-decoder, where targets are padded beside the inputs: the tokens of both."""
+    return len(sample.input_ids) + len(sample.labels)
 
 
 def _labels(samples: Sequence[Encoded] | Sequence[Labeled]) -> torch.Tensor:

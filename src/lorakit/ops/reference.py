@@ -104,3 +104,16 @@ def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> T
     """Σ −log softmax(head(h))[target] in at least fp32: [.., d], d -> v, [..] -> scalar. A target of −100 adds nothing."""
     logits = head(h).flatten(0, -2)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction="sum")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, *, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v where query i sees the keys first[i] to i: q [b, h, t, d]; k, v [b, h_kv, t, d] -> [b, h, t, d].
+
+    Each key-value head serves h / h_kv heads in a row. first [b, t], integers: None stands for 0.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    place = torch.arange(q.shape[2], device=q.device)
+    start = torch.zeros_like(place)[None] if first is None else first
+    seen = (start[:, None, :, None] <= place) & (place <= place[:, None])
+    scores = (scale * (q @ k.mT)).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.core.errors import DataError
 from lorakit.data.encoded import IGNORED, Encoded
 from lorakit.data.pack import collate, pack
-from lorakit.data.pad import pad
+from lorakit.data.pad import n_tokens, n_tokens_both, pad
 from lorakit.data.row import Row, data_hash, shape_of
 from lorakit.data.source import load_rows
 from lorakit.data.tokenize import class_names, tokenize_classes, tokenize_rows
@@ -26,10 +27,14 @@ class Side:
     collate: Callable[[Sequence[Any]], Batch]
     n_bytes: int
     account: str
+    length: Callable[[Any], int] = n_tokens
+    """How much room an item takes in a batch: items of similar length are batched together."""
+    fill: Callable[[Sequence[Any]], Batch] | None = None
+    """How they become a batch of one and the same length; None where only padding could make it so."""
 
     def batches(self, size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """The items in order, each once, split over ranks."""
-        mine = self.items[rank::world]
+        """The items from the longest to the shortest, each once, split over ranks."""
+        mine = sorted(self.items, key=self.length, reverse=True)[rank::world]
         for start in range(0, len(mine), size):
             yield self.collate(mine[start : start + size])
 
@@ -50,6 +55,11 @@ class TrainData:
     def tasks(self) -> tuple["TrainData", ...]:
         """Every task, in order."""
         return (self, *self.later)
+
+    def filled(self) -> "TrainData":
+        """The same with training batches of one length, where there is one: what a compiled model takes."""
+        side = self.train if self.train.fill is None else replace(self.train, collate=self.train.fill)
+        return replace(self, train=side, later=tuple(task.filled() for task in self.later))
 
 
 @dataclass(frozen=True)
@@ -120,11 +130,12 @@ def _language(rows: list[Row], config: TrainConfig, tokenizer: PreTrainedTokeniz
     done = tokenize_rows(tokenizer, rows, max_length=config.max_length, train_on=config.train_on, encoder_decoder=encoder_decoder)
     n_bytes = trained_bytes(tokenizer, done.samples, shifted=not encoder_decoder)
     if not packing or encoder_decoder:
-        return Side(list(done.samples), lambda items: pad(items, _pad_id(tokenizer)), n_bytes, str(done))
+        length = n_tokens_both if encoder_decoder else n_tokens
+        return Side(list(done.samples), lambda items: pad(items, _pad_id(tokenizer)), n_bytes, str(done), length)
     windows = pack(done.samples, config.max_length)
-    length = config.max_length if config.torch_compile else None
     account = f"{done}, packed into {len(windows)} windows of {config.max_length}"
-    return Side(windows, lambda items: collate(items, length=length, pad_id=_pad_id(tokenizer)), n_bytes, account)
+    made = partial(collate, pad_id=_pad_id(tokenizer))
+    return Side(windows, made, n_bytes, account, fill=partial(made, length=config.max_length))
 
 
 def trained_bytes(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Encoded], *, shifted: bool) -> int:

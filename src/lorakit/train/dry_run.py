@@ -50,7 +50,7 @@ class Preview:
 def dry_run(config: TrainConfig) -> Preview:
     """Load and attach as a run would, trace one micro-batch for memory, train nothing and write nothing."""
     here = world()
-    parts = build(config, here)
+    parts = build(config.model_copy(update={"torch_compile": False}), here)
     adapted, data = parts.adapted, parts.data
     table = adapted.params()
     per_site: Counter[str] = Counter()

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.core.errors import DataError, Incompatible
 from lorakit.core.events import Scored
 from lorakit.data.encoded import IGNORED
+from lorakit.ops.cross_entropy import head_loss
+from lorakit.train.head import head_and_hidden
 
 CHUNK = 2**24
 """Logits upcast to fp32 at a time: 64 MB."""
@@ -26,8 +28,23 @@ CHUNK = 2**24
 
 # ------------------------------------------------------------------------------------------------------------------ the loss
 def forward_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """(sum of the losses of all supervised labels as an fp32 scalar, their number); see `forward_scored`."""
-    return forward_scored(model, batch)[:2]
+    """(sum of the losses of all supervised labels as an fp32 scalar, their number): `forward_scored` without the logits.
+
+    Where a causal model's logits are its head's very output (train/head.py), they are never whole: the head and the loss go through the
+    supervised positions by chunks, gradients included (ops/cross_entropy.py). Then the sum can be differentiated once only.
+    """
+    inputs, labels = _inputs(model, batch)
+    if not _predicts_next(model, labels):
+        return _aligned_loss(model, inputs, labels)[:2]
+    inputs, targets, n = _ahead(model, inputs, labels)
+    found = head_and_hidden(model, inputs)
+    if found is None:
+        return _token_loss(model(**inputs).logits, targets), n
+    head, hidden = found
+    _check_places(hidden, targets)
+    if targets.dim() == 2 and n < targets[:, 1:].numel():  # its forward takes no logits_to_keep
+        hidden, targets = hidden[targets != IGNORED], targets[targets != IGNORED]
+    return head_loss(hidden, head, targets), n
 
 
 def forward_scored(model: nn.Module, batch: Mapping[str, Any]) -> Scored:
@@ -41,21 +58,31 @@ def forward_scored(model: nn.Module, batch: Mapping[str, Any]) -> Scored:
         model: a Transformers model, adapted or not; called without labels and without a cache.
         batch: its keyword tensors and `labels` ([b, t], [b] or [b, classes]); `kinds` is left out (train/kinds.py).
     """
-    inputs, labels = dict(batch), batch["labels"]
-    del inputs["labels"]
-    inputs.pop("kinds", None)  # what the context says, not the model's
+    inputs, labels = _inputs(model, batch)
+    if not _predicts_next(model, labels):
+        return _aligned_loss(model, inputs, labels)
+    inputs, targets, n = _ahead(model, inputs, labels)
+    logits = model(**inputs).logits
+    return Scored(_token_loss(logits, targets), n, logits, None if targets.dim() == 1 else targets != IGNORED)
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """What the model is called with, and the labels."""
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "kinds")}  # kinds: what the context says
     if "use_cache" in _arguments(type(model).forward):
         inputs["use_cache"] = False
-    if labels.is_floating_point() or not _predicts_next(model):
-        return _aligned_loss(model, inputs, labels)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [b, t]: what each position is to predict
+    return inputs, batch["labels"]
+
+
+def _ahead(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, int]:
+    """The inputs, what each position that reaches the head is to predict ([b, t], or [n] where the model leaves the others out), and n."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     kept = targets != IGNORED
     n = int(kept.sum())
     compiled = model._compiled_call_impl is not None  # its graph would break at a number of rows that the data decide
     if n < targets[:, 1:].numel() and "logits_to_keep" in _arguments(type(model).forward) and not compiled:
-        inputs["logits_to_keep"], targets = kept, targets[kept]  # [n]
-    logits = model(**inputs).logits
-    return Scored(_token_loss(logits, targets), n, logits, None if targets.dim() == 1 else targets != IGNORED)
+        return inputs | {"logits_to_keep": kept}, targets[kept], n
+    return inputs, targets, n
 
 
 def _aligned_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Scored:
@@ -83,9 +110,13 @@ _VALUE_LOSSES: Mapping[str, Callable[..., Tensor]] = {
 
 
 def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    if logits.shape[:-1] != targets.shape:
-        raise Incompatible(f"the model returned logits for {tuple(logits.shape[:-1])} positions, its labels are {tuple(targets.shape)}")
+    _check_places(logits, targets)
     return cross_entropy_sum(logits.flatten(0, -2), targets.flatten())
+
+
+def _check_places(outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape[:-1] != targets.shape:
+        raise Incompatible(f"the model returned logits for {tuple(outputs.shape[:-1])} positions, its labels are {tuple(targets.shape)}")
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
@@ -106,9 +137,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
 
 
-def _predicts_next(model: nn.Module) -> bool:
+def _predicts_next(model: nn.Module, labels: Tensor) -> bool:
     """A model that generates and has no encoder beside it: its logits at t are about token t + 1."""
-    return bool(model.can_generate()) and not model.config.is_encoder_decoder  # type: ignore[operator, union-attr]
+    return not labels.is_floating_point() and bool(model.can_generate()) and not model.config.is_encoder_decoder  # type: ignore[operator, union-attr]
 
 
 @functools.cache

@@ -23,13 +23,14 @@ from lorakit.core.events import MicroBatches, Scored, Step, Task
 from lorakit.core.params import ParamTable
 from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.train.checkpoint import write_checkpoint
+from lorakit.train.compile import CompiledLayers
 from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import TrainData
 from lorakit.train.distributed import World
 from lorakit.train.evaluate import ALONE, evaluate
 from lorakit.train.kinds import told
 from lorakit.train.memory import used_bytes
-from lorakit.train.metrics import forward_scored
+from lorakit.train.metrics import forward_loss, forward_scored
 from lorakit.train.report import MetricsLog, Progress
 from lorakit.train.sequence import Figures, ends_of, rates_of, summary
 from lorakit.train.state import random_state, restore_random, write_state
@@ -57,7 +58,15 @@ class Run:
     """Trains the active adapter of `adapted`. `out` None: nothing is written."""
 
     def __init__(
-        self, adapted: Adapted, data: TrainData, config: TrainConfig, world: World, *, out: Path | None, quiet: bool = False
+        self,
+        adapted: Adapted,
+        data: TrainData,
+        config: TrainConfig,
+        world: World,
+        *,
+        out: Path | None,
+        quiet: bool = False,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         self.adapted, self.data, self.config, self.world, self.out = adapted, data, config, world, out
         (self.name,) = adapted.active
@@ -73,6 +82,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.log = MetricsLog(out / "metrics.jsonl") if out and world.main else None
         self.quiet = quiet or not world.main
+        self.compiled = compiled
 
     # --- the loop ---------------------------------------------------------------------------------------------------------
 
@@ -83,6 +93,9 @@ class Run:
         finally:
             if self.log:
                 self.log.close()
+            if self.compiled:
+                self.compiled.undo()
+                self.adapted.notes += self.compiled.notes
 
     def _train(self) -> dict[str, float]:
         model = self.adapted.model.train()
@@ -154,6 +167,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         nats, tokens = self.loop.step(info)
+        if self.compiled:
+            self.compiled.stepped()
         at = self.at
         at.step, at.tokens = index + 1, at.tokens + tokens
         at.window_nats, at.window_tokens = at.window_nats + nats, at.window_tokens + tokens
@@ -209,7 +224,11 @@ class Run:
             return done[-1]
 
         with told(self.adapted.model, batch) as inputs:
-            loss, n = score(0)[:2] if self.method.objective is None else self.method.objective(score, self.adapted)
+            if self.method.objective is None:  # nobody wants the logits
+                with self.adapted.given(step=number, seed=self.config.seed):
+                    loss, n = forward_loss(self.adapted.model, inputs)
+                return loss, loss.detach(), n
+            loss, n = self.method.objective(score, self.adapted)
         return loss, done[0].loss.detach(), n
 
     @torch.no_grad()
@@ -331,6 +350,7 @@ class Run:
             "loop": self.loop.state_dict(),
             "streams": [s.sampler.state_dict() for s in self.streams],
             "random": random_state(),
+            "compiled": self.compiled is not None and self.compiled.failed is None,
         }
 
     def save_checkpoint(self) -> None:

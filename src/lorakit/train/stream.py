@@ -28,7 +28,8 @@ class Stream(Iterator[list[Batch]]):
             raise DataError(f"a share of {hi - lo:.0%} of {n} training items holds none; give more data")
         self.side, self.size, self.device = side, config.per_device_train_batch_size, world.device
         batch = self.size * config.gradient_accumulation_steps * world.size
-        self.sampler = Batches(len(self.mine), batch, seed=config.seed, rank=world.rank, world=world.size)
+        lengths = [side.length(side.items[k]) for k in self.mine] if config.group_by_length else None
+        self.sampler = Batches(len(self.mine), batch, lengths=lengths, seed=config.seed, rank=world.rank, world=world.size)
 
     def __next__(self) -> list[Batch]:
         items = [self.side.items[self.mine[k]] for k in next(self.sampler)]

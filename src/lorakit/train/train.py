@@ -2,8 +2,9 @@
 
 import json
 import random
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from lorakit.core.site import select
 from lorakit.data.packable import check_packing, why_not_packable
 from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
+from lorakit.train.attention import segment_attention
 from lorakit.train.checkpoint import checkpoints
+from lorakit.train.compile import CompiledLayers, compile_layers
+from lorakit.train.compile_choice import choose
 from lorakit.train.config import TrainConfig
 from lorakit.train.dataset import Rows, TrainData, prepare, read_tasks
 from lorakit.train.distributed import World, shard, world
@@ -40,6 +44,11 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     data: TrainData
     config: TrainConfig
+    compiled: CompiledLayers | None
+    choice: str
+    """Why its layers are compiled, or not; nothing where the configuration says it."""
+    undo: Callable[[], None]
+    """Gives the model its own attention back."""
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> Result:
@@ -55,17 +64,22 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     if found is not None:
         return found
     state = read_state(checkpoints(out)[-1]) if config.resume and checkpoints(out) else None
-    parts = build(config, here, None if state is None else state["adapter"])
-    run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet)
+    parts = build(config, here, state)
+    if parts.choice and here.main and not quiet:
+        print(f"torch_compile: {parts.choice}", file=sys.stderr, flush=True)
+    run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet, compiled=parts.compiled)
     claim(out, config, here)
     if state is not None:
         run.load_state(state)
-    final = run.train()
+    try:
+        final = run.train()
+    finally:
+        parts.undo()
     return _finish(parts, run, out, final, time.perf_counter() - began)
 
 
-def build(config: TrainConfig, here: World, trained: Mapping[str, Tensor] | None = None) -> Parts:
-    """Load data, model and tokenizer, and attach the method. `trained`: the tensors of the run to be resumed."""
+def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = None) -> Parts:
+    """Load data, model and tokenizer, and attach the method. `state`: of the run to be resumed."""
     seed_everything(config.seed)
     tasks = read_tasks(config)
     rows = tasks[0]
@@ -78,15 +92,17 @@ def build(config: TrainConfig, here: World, trained: Mapping[str, Tensor] | None
         quantize(model, spec)  # before attach, which would keep the original weights, and before they need room on the device
     model = model.to(here.device)
     data = make_data(tasks, config, tokenizer, model, method)
-    adapted = begin(model, method, data, config, here, trained)
+    adapted = begin(model, method, data, config, here, None if state is None else state["adapter"])
     adapted.meta = describe_run(config, data, tokenizer)
+    with adapted.given(step=0):  # whose memo of the probe is forgotten with it
+        undo = segment_attention(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    choice = choose(config, adapted, data, here, None if state is None else state["compiled"])
+    compiled = compile_layers(model, required=choice.required, dynamic=choice.dynamic) if choice.on else None
     if here.sharded:
         shard(model, adapted.params())
-    if config.torch_compile:
-        model.compile()
-    return Parts(adapted, tokenizer, data, config)
+    return Parts(adapted, tokenizer, data.filled() if choice.on else data, config, compiled, choice.why, undo)
 
 
 def begin(
