@@ -144,6 +144,17 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
     """Inductor, with a backward pass that computes everything again but products, attention and row sums."""
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
+    from torch.utils.checkpoint import CheckpointPolicy
 
+    for node in graph.graph.nodes:
+        if _is_dear(node.target):  # torch would compute it again, too
+            node.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, "ac_graph_id": 0}
     with config.patch(aggressive_recomputation=True):
         return compile_fx(graph, inputs)  # type: ignore[return-value]
+
+
+def _is_dear(target: Any) -> bool:
+    """Whether a node of a graph is attention or an operation of lorakit's: all of them are products, but for a mask."""
+    if target is torch.nn.functional.scaled_dot_product_attention:
+        return True
+    return getattr(target, "namespace", None) == "lorakit" and target is not torch.ops.lorakit.keep_mask.default
