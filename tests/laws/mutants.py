@@ -17,7 +17,7 @@ from lorakit.adapters.peft_types import adalora as peft_adalora
 from lorakit.core import adapter as adapter_module
 from lorakit.core import attach as attach_module
 from lorakit.core import base as base_module
-from lorakit.core import context, layer, prepare, random
+from lorakit.core import context, layer, places, prepare, random
 from lorakit.core import method as method_module
 from lorakit.core.attach import Adapted
 from lorakit.core.delta import Factors
@@ -83,6 +83,14 @@ def after(m: pytest.MonkeyPatch, owner: Any, name: str, then: Callable[..., Any]
         return then(original(*args, **kwargs), *args, **kwargs)
 
     m.setattr(owner, name, changed)
+
+
+def not_loaded(m: pytest.MonkeyPatch, ending: str) -> None:
+    """Tensors of this ending stay as a fresh adapter has them."""
+    original = attach_module.take_
+    m.setattr(
+        attach_module, "take_", lambda tensors, values: original(tensors, {k: v for k, v in values.items() if not k.endswith(ending)})
+    )
 
 
 # --- L0 ---------------------------------------------------------------------------------------------------------------------
@@ -231,22 +239,17 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L5", "tensors are saved in half precision", "lora", test_l5_files.check_L5)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, Adapted, "state", lambda a, *_: dataclasses.replace(a, tensors={k: v.bfloat16().float() for k, v in a.tensors.items()}))
+    after(m, Adapted, "_seen", lambda a, *_: dataclasses.replace(a, tensors={k: v.bfloat16().float() for k, v in a.tensors.items()}))
 
 
 @mutant("L5", "loading forgets the magnitude", "dora", test_l5_files.check_L5)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, Adapted, "tensors", lambda found, *_: {k: v for k, v in found.items() if not k.endswith(".m")})
+    not_loaded(m, ".m")
 
 
 @mutant("L5", "loading draws the frozen factor again", "lora_fa", test_l5_files.check_L5)
 def _(m: pytest.MonkeyPatch) -> None:
-    original = Adapted.load_tensors
-    m.setattr(
-        Adapted,
-        "load_tensors",
-        lambda self, name, values: original(self, name, {k: self.tensors(name)[k] if k.endswith(".A") else v for k, v in values.items()}),
-    )
+    not_loaded(m, ".A")
 
 
 @mutant("L5", "the export confuses the triplets' gates", "adalora", test_l5_files.check_L5_peft)
@@ -489,7 +492,7 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L15", "the frozen factor asks for a gradient", "lora_fa", test_l15_memory.check_L15)
 def _(m: pytest.MonkeyPatch) -> None:
-    after(m, Adapted, "_apply", lambda _, self: [b.delta.A.requires_grad_(True) for b in self.branches()])
+    after(m, Adapted, "_activate", lambda _, self, *names: [b.delta.A.requires_grad_(True) for b in self.branches()])
 
 
 @mutant("L15", "the output is kept", "lora", test_l15_memory.check_L15)
@@ -566,11 +569,11 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @mutant("L20", "the weight lives in the slot", "lora", test_l18_l19_l20_isolation.check_L20)
 def _(m: pytest.MonkeyPatch) -> None:
-    original = attach_module.adapt
+    original = places.adapt
 
     def adapt(module: nn.Module, path: str, cell: Any) -> None:
         original(module, path, cell)
         module.lora.original = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         module.weight.data.zero_()
 
-    m.setattr(attach_module, "adapt", adapt)
+    m.setattr(places, "adapt", adapt)

@@ -22,6 +22,7 @@ from lorakit.core.site import select
 from lorakit.data.packable import check_packing, why_not_packable
 from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
+from lorakit.train.allocator import keep_freed_memory
 from lorakit.train.attention import segment_attention
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.compile import CompiledLayers, compile_layers
@@ -57,6 +58,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     With resume="auto" a killed run goes on from its newest checkpoint and ends with the same bits, on CPU, as if it had never been
     killed; a finished one returns at once. Raises BadParameter when `output_dir` holds another run.
     """
+    keep_freed_memory()
     out = Path(config.output_dir)
     began = time.perf_counter()
     here = world()

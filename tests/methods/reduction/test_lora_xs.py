@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lorakit
 from lorakit import Adapter, BadParameter, attach, get_method
+from lorakit.core import attach as attach_module
 from lorakit.core.method import Recipe
 from lorakit.methods.reduction import lora_xs
 from tests.laws.steps import Run
@@ -299,12 +300,12 @@ def forgets_the_scale(m: pytest.MonkeyPatch) -> None:
 def loses_its_frames(m: pytest.MonkeyPatch) -> None:
     """A and B are found again by the SVD of whoever loads."""
 
-    def deltas(self: Any, name: str, values: Any) -> None:
+    def take(tensors: Any, values: Any) -> Any:
         fresh = {k: v for k, v in subject("lora_xs").tensors("default").items() if not k.endswith(".R")}
-        own(self, name, {**values, **fresh})
+        return own(tensors, {**values, **fresh})
 
-    own = lorakit.Adapted.load_tensors
-    m.setattr(lorakit.Adapted, "load_tensors", deltas)
+    own = attach_module.take_
+    m.setattr(attach_module, "take_", take)
 
 
 def turned_core(m: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ class Bottleneck(Delta, ABC):
     def speaks(self, like: Tensor, ctx: Ctx) -> Tensor:
         """1, or 0 in a step whose draw silences the layer: [1]. Thresholds on one draw, so a silent layer's predecessors are silent too."""
         drawn = random.dropout_mask(torch.ones(1, dtype=like.dtype, device=like.device), ctx.key, LAYERS, self.silence)
-        return (drawn > 0).to(like.dtype)  # type: ignore[no-any-return]
+        return (drawn > 0).to(like.dtype)
 
 
 class DenseBottleneck(Bottleneck):

@@ -1,0 +1,31 @@
+"""Freed memory stays with the process: counted page faults, in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from lorakit.train.allocator import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def step():
+    held = [torch.ones(2**20) for _ in range(100)]  # 4 MB each, then all of them free
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_the_same_memory_is_used_again() -> None:
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("kept", "plain")
+    )
+    assert kept < 1000 < given_back
