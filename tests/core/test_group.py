@@ -87,3 +87,21 @@ def test_nothing_is_left_behind_after_a_forward() -> None:
     adapted = subject("lora")
     loss_of(adapted.model.train(), batch()).backward()
     assert all(slot.ready is None for slot in adapted.model.modules() if isinstance(slot, Slot))
+
+
+def test_an_output_of_another_state_is_not_taken() -> None:
+    """What q's forward left for k is not k's output once something was written into k's adapter, or into x."""
+    adapted = subject("lora")
+    q, k = (next(b for b in adapted.branches() if b.site.name.endswith(name)) for name in ("0.self_attn.q_proj", "0.self_attn.k_proj"))
+    for write in ("adapter", "x", "nothing"):
+        x = torch.randn(2, 32)
+        with torch.no_grad():
+            q.host.module(x)
+            left = k.host.module.lora.ready
+            if write == "adapter":
+                k.delta.B.add_(1)
+            elif write == "x":
+                x.add_(1)
+            y = k.host.module(x)
+            assert (y is left.y) == (write == "nothing")
+            assert far(y, x @ (k.base.dense() + k.weight()).T) < 1e-5

@@ -5,6 +5,7 @@ This is the one place where something concrete is subclassed, and this forward n
 """
 
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,14 @@ class Branch(nn.Module):
         return None if f is None else f._replace(gain=self.combine.gain(self.base, self.delta))
 
 
+class Ready(NamedTuple):
+    """An output that another slot's forward has left: of which x, and in which state of things."""
+
+    x: Tensor
+    stamp: tuple[object, ...]
+    y: Tensor
+
+
 class Slot(nn.Module):
     """The child `lora` of an adapted module: every adapter's branches, and which of them are active. A site that is only read by a delta
     elsewhere has a slot without branches.
@@ -156,7 +165,7 @@ class Slot(nn.Module):
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.group: tuple[Slot, ...] = ()
-        self.ready: tuple[Tensor, Tensor] | None = None
+        self.ready: Ready | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's output with its active adapters."""
@@ -174,19 +183,24 @@ class Slot(nn.Module):
         """The same by the fused function, where one adapter of its form is active. A compiler fuses by itself."""
         if torch.compiler.is_compiling():
             return None
-        if self.ready is not None:
-            (seen, y), self.ready = self.ready, None
-            if seen is x:
-                return y
+        ready, self.ready = self.ready, None  # taken at once: another thread may be in the same forward
+        if ready is not None and ready.x is x and ready.stamp == self.stamp(x):
+            return ready.y
         layer = self.layer(x)
         if layer is None:
             return None
         found = [(slot, slot.layer(x)) for slot in self.group if slot is not self]
         others = [(slot, one) for slot, one in found if one is not None]
         y, *rest = lora_linear(x, [layer, *(one for _, one in others)])
-        for (slot, _), ready in zip(others, rest, strict=True):
-            slot.ready = (x, ready)
+        for (slot, _), output in zip(others, rest, strict=True):
+            slot.ready = Ready(x, slot.stamp(x), output)
         return y
+
+    def stamp(self, x: Tensor) -> tuple[object, ...]:
+        """What must be as it was for an output to be that of now: nothing written into x or the adapter, and the same mode."""
+        branch = self.branches[self.active[0]]
+        written = [t._version for t in (x, *branch.parameters(), *branch.buffers()) if not t.is_inference()]
+        return self.active, torch.is_grad_enabled(), self.training, *written
 
     def layer(self, x: Tensor) -> Layer | None:
         """What the fused function takes; None where it does not apply."""
