@@ -42,7 +42,8 @@ def check_L2(name: str) -> None:
                 want = want if branch.bias() is None else want + branch.bias()
                 assert want.abs().max() > 1e-3
                 assert far(part, want) < 1e-9, (arch, branch.site.name, w, far(part, want))
-                whole = branch.host.module.lora.fused(x)
+                with torch.enable_grad():
+                    whole = branch.host.module.lora.fused(x)
                 assert whole is None or far(whole, y + want) < 1e-9, (arch, branch.site.name, w, far(whole, y + want))
 
 

@@ -40,7 +40,7 @@ def layer(seed: int, *, d_out: int = 7, r: int = 3, has: tuple[str, ...] = (), p
     bias = kept.get("bias")
     dense = Dense(host).dense if dtype == wide and seed % 2 else None  # every second one may be merged
     frozen = lambda x: F.linear(x, host.weight, None if bias is None else bias.to(dtype))  # noqa: E731
-    return Layer(frozen, Dense(host).matmul_t, 0.5 + seed, **kept, mask=mask, dense=dense)
+    return Layer(frozen, Dense(host).bound(), 0.5 + seed, **kept, mask=mask, dense=dense)
 
 
 def plain(x: Tensor, one: Layer) -> Tensor:

@@ -113,7 +113,7 @@ def test_llama2_7b_is_traced_in_seconds_and_without_memory() -> None:
     model, batch = llama2_7b(), {"input_ids": ids, "labels": ids}
     full = estimate(model, batch, optimizer="adamw")
     assert 59e9 < full.total < 62e9  # the survey's 60 GB
-    assert estimate(model, batch, optimizer="adamw", checkpointing=True).activations < full.activations / 8
+    assert estimate(model, batch, optimizer="adamw", checkpointing=True).activations < full.activations / 5
     assert resident_bytes() - before < 2e9
 
 
@@ -352,7 +352,7 @@ def test_estimate_equals_what_a_fresh_process_needs(kwargs: dict[str, Any], chec
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     expected = estimate(model, batch, optimizer="adamw", checkpointing=checkpointing)
     found = measure(model, batch, optimizer="adamw", checkpointing=checkpointing)
-    assert expected.activations > 100e6
+    assert expected.activations > 60e6
     assert (expected.weights, expected.gradients, expected.optimizer) == (found.weights, found.gradients, found.optimizer)
     assert math.isclose(expected.activations, found.activations, rel_tol=0.01)  # torch's allocator; 10 % is asked for
     assert math.isclose(expected.step, found.step, rel_tol=0.01)

@@ -131,8 +131,9 @@ def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # inductor's own
 def test_compile_trains_the_same(tmp_path: Path) -> None:
+    """Without dropout: compiled batches are as long as the window, and masks follow the place in the batch."""
     for name, on in (("a", False), ("b", True)):
-        train(config(tmp_path, output_dir=str(tmp_path / name), torch_compile=on, dropout=0.1, max_steps=3), quiet=True)
+        train(config(tmp_path, output_dir=str(tmp_path / name), torch_compile=on, max_steps=3), quiet=True)
     assert difference(tensors(tmp_path / "a"), tensors(tmp_path / "b")) < 1e-3
 
 

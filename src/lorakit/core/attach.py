@@ -369,8 +369,9 @@ class Adapted:
                 self.unfrozen[name] = unfreeze(self.model, method.unfreeze)
             if method.combine.full_rank():
                 not_both(sites, self.unfrozen[name])
-            shared = self._share(name, shared_of(self.model, method, sites, known, self.cell, seed))
             saved = what.shapes() if isinstance(what, Adapter) else {}
+            pool = {k: v.shape for k, v in what.shared(POOL).items()} if isinstance(what, Adapter) else {}
+            shared = self._share(name, shared_of(self.model, method, sites, known, self.cell, seed, pool))
             held: dict[str, Tensor] = {}
             for site in sites:
                 shapes = saved.get(site.name, {})

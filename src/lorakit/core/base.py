@@ -6,6 +6,7 @@ A base holds the host module, not a copy of its weight, so that tied weights, `.
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ from lorakit.core.experts import stack_shape
 from lorakit.core.site import Where, _is_conv1d, select, supported
 from lorakit.ops.grouped import each
 
+Turned = Callable[[Tensor, Tensor | None], Tensor]
+"""(dy [n, d_out], dx [n, d_in] or None) -> dy W, added to dx in place."""
+
 
 class Base(Protocol):
     """What deltas and combines may ask of a frozen weight. The bias is never inside `matmul`: DoRA's γ must not scale it."""
@@ -26,8 +30,11 @@ class Base(Protocol):
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ: [.., d_in] -> [.., d_out] (for an embedding x holds ids: [..] -> [.., d_out])."""
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        """dy W: [.., d_out] -> [.., d_in]; added to `into` in place where that is given."""
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        """dy W: [.., d_out] -> [.., d_in]."""
+
+    def bound(self) -> Turned:
+        """dy, dx -> dy W, added to dx in place where that is given: of W as it is now, whatever becomes of it before a backward."""
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as d_out × d_in, detached."""
@@ -60,14 +67,8 @@ class Base(Protocol):
     def device(self) -> torch.device: ...
 
 
-def product(dy: Tensor, W: Tensor, into: Tensor | None) -> Tensor:
-    """dy W, added to `into` in place where that is given (then both are matrices)."""
-    return dy @ W if into is None else into.addmm_(dy, W)
-
-
-def added(dx: Tensor, into: Tensor | None) -> Tensor:
-    """dx, added to `into` in place where that is given."""
-    return dx if into is None else into.add_(dx)
+def _product(W: Tensor, dy: Tensor, dx: Tensor | None) -> Tensor:
+    return dy @ W if dx is None else dx.addmm_(dy, W)
 
 
 class _Stored:
@@ -143,8 +144,11 @@ class Dense(_Stored):
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        return product(dy, self.weight, into)
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return dy @ self.weight
+
+    def bound(self) -> Turned:
+        return partial(_product, self.weight)
 
 
 class Transposed(_Stored):
@@ -155,8 +159,11 @@ class Transposed(_Stored):
     def matmul(self, x: Tensor) -> Tensor:
         return x @ self.weight
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        return product(dy, self.weight.T, into)
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return dy @ self.weight.T
+
+    def bound(self) -> Turned:
+        return partial(_product, self.weight.T)
 
 
 class Lookup(_Stored):
@@ -167,8 +174,11 @@ class Lookup(_Stored):
     def matmul(self, x: Tensor) -> Tensor:
         return x @ self.weight if x.is_floating_point() else F.embedding(x, self.weight)
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        return product(dy, self.weight.T, into)
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return dy @ self.weight.T
+
+    def bound(self) -> Turned:
+        return partial(_product, self.weight.T)
 
 
 class Stacked:
@@ -186,9 +196,12 @@ class Stacked:
         """x W_eᵀ of rows sorted by expert [n, d_in], or of rows for each expert [E, n, d_in]."""
         return each(x, self._turned(self.weight), ends)
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+    def matmul_t(self, dy: Tensor) -> Tensor:
         """dy W_e of rows for each expert, [E, n, d_out]."""
-        return added(dy @ self._turned(self.weight), into)
+        return dy @ self._turned(self.weight)
+
+    def bound(self) -> Turned:
+        return partial(_product, self._turned(self.weight))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """E × d_out × d_in, detached."""

@@ -21,7 +21,9 @@ class Combine(nn.Module, ABC):
 
     trains: frozenset[str] = frozenset()
     fuses: bool = False
-    """Whether, without dropout, the output is γ ∘ (W x + delta(x)) + bias with γ = `gain`, or with dropout, where γ is None."""
+    """Whether the output is γ ∘ (W x + delta(x)) + bias with γ = `gain`, at the scale 1 and without dropout where it `rescales`."""
+    rescales: bool = False
+    """Whether there is a γ."""
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor, base: Base, delta: Delta, ctx: Ctx) -> Tensor:

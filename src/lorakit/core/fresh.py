@@ -14,7 +14,7 @@ from lorakit.core.events import Init
 from lorakit.core.layer import Branch
 from lorakit.core.method import Method
 from lorakit.core.shared import Shared, take_shapes
-from lorakit.core.site import Site, among
+from lorakit.core.site import ROOT, Site, among
 from lorakit.core.unfreeze import Unfrozen
 
 
@@ -49,14 +49,20 @@ def not_both(sites: list[Site], unfrozen: list[Unfrozen]) -> None:
         raise Incompatible(f"{both[0]} is rescaled (sites) and trained whole (unfreeze); leave it out of one of the two")
 
 
-def shared_of(model: nn.Module, method: Method, sites: list[Site], known: Sequence[Site], cell: Cell, seed: int) -> dict[str, Shared]:
-    """The pool and the patches, by child name. `known`: all sites of the model."""
+def shared_of(
+    model: nn.Module, method: Method, sites: list[Site], known: Sequence[Site], cell: Cell, seed: int, shapes: Mapping[str, torch.Size]
+) -> dict[str, Shared]:
+    """The pool and the patches, by child name. `known`: all sites of the model; `shapes`: those of a finished adapter's pool."""
     host = base_of(model.get_submodule(sites[0].module), sites[0].attribute) if sites else next(model.parameters())
     dtype, device = torch.promote_types(host.dtype, torch.float32), host.device
     made: dict[str, Shared | None] = {}
     if method.delta is not None:
         rng = random.generator(seed, POOL)
         every = [s for s in known if s.kind in method.delta.kinds]
+        if shapes:
+            twin = method.delta.pool(sites, every=every, rng=rng, dtype=dtype, device=torch.device("meta"))
+            if twin is not None:  # a recipe and a file that do not go together are refused before anything of their size is made
+                take_shapes(twin.fit, shapes, f"{ROOT}.{POOL}")
         made[POOL] = method.delta.pool(sites, every=every, rng=rng, dtype=dtype, device=device)
     for patch in method.patches:
         rng = random.generator(seed, patch.name)

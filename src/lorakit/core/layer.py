@@ -5,12 +5,11 @@ This is the one place where something concrete is subclassed, and this forward n
 """
 
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.base import Base, Dense, base_of
+from lorakit.core.base import Base, Dense, Turned, base_of
 from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta, Factors
@@ -32,8 +31,16 @@ class RowsOf:
     def matmul(self, x: Tensor) -> Tensor:
         return self.base.matmul(x).index_select(-1, self.index)
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        return self.base.matmul_t(dy.new_zeros(*dy.shape[:-1], self.base.shape[0]).index_copy(-1, self.index, dy), into)
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return self.base.matmul_t(self._whole(dy))
+
+    def bound(self) -> Turned:
+        turned = self.base.bound()
+        return lambda dy, dx: turned(self._whole(dy), dx)
+
+    def _whole(self, dy: Tensor) -> Tensor:
+        """dy at this part's rows, zero at the others."""
+        return dy.new_zeros(*dy.shape[:-1], self.base.shape[0]).index_copy(-1, self.index, dy)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.base.dense(dtype).index_select(-2, self.index)
@@ -93,21 +100,23 @@ class Branch(nn.Module):
 
     def layer(self, x: Tensor, ctx: Ctx) -> Layer | None:
         """The module with this adapter as the fused function takes it (ops/lora_linear.py); None where it is of another form."""
+        host = self.host.module
         if self.index is not None or self.site.kind != "linear" or not self.combine.fuses:
             return None
-        if any(part._forward_hooks or part._forward_pre_hooks for part in (self, self.combine, self.delta)):  # someone watches them run
+        weight: Tensor = host.weight  # type: ignore[assignment]
+        if weight.requires_grad:  # trained whole beside the adapter
             return None
-        if self.host.module.weight.requires_grad:  # trained whole beside the adapter
+        if any(map(_watched, (self, self.combine, self.delta))) or "forward" in vars(host):
             return None
         f = self.delta.product(ctx)
         if f is None:
             return None
-        mask, gain = self.delta.mask(x, ctx), self.combine.gain(self.host, self.delta)
-        if gain is not None and (mask is not None or self.w != 1.0):
+        mask = self.delta.mask(x, ctx)
+        if self.combine.rescales and (mask is not None or self.w != 1.0):
             return None
-        dense = self.host.dense if isinstance(self.host, Dense) and self.host.dtype == f.A.dtype else None
-        call = partial(frozen, self.host.module)
-        return Layer(call, self.host.matmul_t, f.s * self.w, f.A, f.B, f.g, f.b, gain, self.host.bias, mask, dense)
+        gain = self.combine.gain(self.host, self.delta)
+        dense = weight.detach if isinstance(self.host, Dense) and self.host.dtype == f.A.dtype else None
+        return Layer(partial(frozen, host), self.host.bound(), f.s * self.w, f.A, f.B, f.g, f.b, gain, self.host.bias, mask, dense)
 
     def forward(self, x: Tensor, y: Tensor, ctx: Ctx) -> Tensor:
         """What this adapter adds to the module's frozen output y."""
@@ -144,70 +153,75 @@ class Branch(nn.Module):
         return None if f is None else f._replace(gain=self.combine.gain(self.base, self.delta))
 
 
-class Ready(NamedTuple):
-    """An output that another slot's forward has left: of which x, and in which state of things."""
+def _watched(part: nn.Module) -> bool:
+    """Whether someone hangs on a part's forward, to look at it or to fetch its weights first."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(part)
 
-    x: Tensor
-    stamp: tuple[object, ...]
-    y: Tensor
+
+class Group:
+    """Slots of modules that usually read one input (core/group.py). While their parent runs, whichever runs first computes all of them at
+    once and leaves the others their outputs."""
+
+    def __init__(self, slots: "list[Slot]") -> None:
+        self.slots = slots
+        self.left: dict[Slot, tuple[Tensor, Tensor]] | None = None
+        """(x, output) by slot; None while the parent does not run."""
+        self.led = False
 
 
 class Slot(nn.Module):
     """The child `lora` of an adapted module: every adapter's branches, and which of them are active. A site that is only read by a delta
-    elsewhere has a slot without branches.
-
-    `group`: the slots of modules that usually read the same input (q, k, v; gate, up), this one among them. Whichever runs first computes
-    all of them at once and leaves the others their outputs."""
+    elsewhere has a slot without branches."""
 
     def __init__(self, path: str, base: Base, cell: Cell) -> None:
         super().__init__()
         self.path, self.base, self.cell = path, base, cell
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self.group: tuple[Slot, ...] = ()
-        self.ready: Ready | None = None
+        self.group: Group | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The module's output with its active adapters."""
+    def forward(self, x: Tensor, module: nn.Module) -> Tensor:
+        """What `module`, the slot's own or a replica of it, puts out with its active adapters."""
         if self.cell.reads and self.path in self.cell.reads:  # in two steps: a compiled layer should not depend on its path
             self.cell.value.memo[self.path] = x
-        fused = self.fused(x)
-        if fused is not None:
+        if module is self.base.module and (fused := self.fused(x)) is not None:
             return fused
-        out = y = frozen(self.base.module, x)
+        out = y = frozen(module, x)
         for key in self.active:
             out = out + self.branches[key](x, y, self.cell.value)
         return out
 
     def fused(self, x: Tensor) -> Tensor | None:
-        """The same by the fused function, where one adapter of its form is active. A compiler fuses by itself."""
-        if torch.compiler.is_compiling():
+        """The same by the fused function, where one adapter of its form is active and gradients are wanted. A compiler fuses by itself."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        ready, self.ready = self.ready, None  # taken at once: another thread may be in the same forward
-        if ready is not None and ready.x is x and ready.stamp == self.stamp(x):
-            return ready.y
+        left = None if self.group is None else self.group.left
+        seen, output = (None, None) if left is None else left.pop(self, (None, None))
+        if seen is x:
+            return output
         layer = self.layer(x)
         if layer is None:
             return None
-        found = [(slot, slot.layer(x)) for slot in self.group if slot is not self]
-        others = [(slot, one) for slot, one in found if one is not None]
+        others = [] if self.group is None or left is None or self.group.led else self._others(self.group, x)
         y, *rest = lora_linear(x, [layer, *(one for _, one in others)])
-        for (slot, _), output in zip(others, rest, strict=True):
-            slot.ready = Ready(x, slot.stamp(x), output)
+        if self.group is not None and left is not None:
+            self.group.led = True
+            left |= {slot: (x, output) for (slot, _), output in zip(others, rest, strict=True)}
         return y
-
-    def stamp(self, x: Tensor) -> tuple[object, ...]:
-        """What must be as it was for an output to be that of now: nothing written into x or the adapter, and the same mode."""
-        branch = self.branches[self.active[0]]
-        written = [t._version for t in (x, *branch.parameters(), *branch.buffers()) if not t.is_inference()]
-        return self.active, torch.is_grad_enabled(), self.training, *written
 
     def layer(self, x: Tensor) -> Layer | None:
         """What the fused function takes; None where it does not apply."""
-        if len(self.active) != 1 or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        if len(self.active) != 1 or not x.is_floating_point() or x.is_meta or x.is_nested or torch.is_autocast_enabled(x.device.type):
+            return None
+        if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
             return None
         branch: Branch = self.branches[self.active[0]]  # type: ignore[assignment]
         return branch.layer(x, self.cell.value)
+
+    def _others(self, group: Group, x: Tensor) -> "list[tuple[Slot, Layer]]":
+        found = [(slot, slot.layer(x)) for slot in group.slots if slot is not self]
+        return [(slot, one) for slot, one in found if one is not None]
 
 
 def slots_of(module: nn.Module) -> list[Slot]:
@@ -246,7 +260,7 @@ def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The generated subclass of one module class."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return self.lora(x)  # type: ignore[operator, no-any-return]
+        return self.lora(x, self)  # type: ignore[operator, no-any-return]
 
     return generate("Adapted", adapted_class, plain, forward=forward, plain_class=plain)
 

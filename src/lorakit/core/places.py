@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.core.context import Cell
 from lorakit.core.fresh import key_of
-from lorakit.core.group import group
+from lorakit.core.group import Hung, group
 from lorakit.core.layer import Branch, Slot, adapt, restore, slots_of
 from lorakit.core.site import Site
 
@@ -22,6 +22,7 @@ class Places:
         self.slots: dict[str, Slot] = {}
         self._of: dict[str, list[tuple[Slot, str]]] = {}
         self._reads: dict[str, frozenset[str]] = {}
+        self._hung: list[Hung] = []
 
     def slot(self, site: Site) -> Slot:
         """The slot of a site, whose module is adapted if need be."""
@@ -42,7 +43,7 @@ class Places:
             self._adapt(path)
         self._restore_unused()
         if any(len(slot.branches) == 1 for slot in self.of(name)):  # with an earlier adapter it was grouped already
-            group(self.slots.values())
+            self._group()
 
     def branches(self, *names: str) -> list[Branch]:
         """The branches of these adapters, one adapter after the other, each in model order."""
@@ -91,3 +92,10 @@ class Places:
                 restore(module)
                 for slot in mates:
                     del self.slots[slot.path]
+        if unused:
+            self._group()
+
+    def _group(self) -> None:
+        while self._hung:
+            self._hung.pop().remove()
+        self._hung = group(self.model, self.slots.values())

@@ -129,9 +129,14 @@ def _output(x: Tensor, layer: Layer, z: Tensor) -> tuple[Tensor, Tensor | None]:
     shape, y = y.shape, y.reshape(-1, y.shape[-1])
     u, B = _scaled(z, layer), _up(layer, x.dtype)
     if layer.gain is None or not layer.gain.requires_grad:
-        return _kernels(y).finish_(y, u, B, gain=layer.gain, bias=layer.bias).view(shape), None
+        return _shaped(_kernels(y).finish_(y, u, B, gain=layer.gain, bias=layer.bias), shape), None
     inner = _kernels(y).finish_(y, u, B)
-    return _kernels(inner).gained(inner, layer.gain, layer.bias).view(shape), inner
+    return _shaped(_kernels(inner).gained(inner, layer.gain, layer.bias), shape), inner
+
+
+def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
+    """y in a shape, and no view of it: some models write into what a linear layer gave them."""
+    return torch.ops.aten._unsafe_view(y, shape)  # type: ignore[no-any-return]
 
 
 def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -147,8 +152,10 @@ def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, f
     if z is not None:
         if _trains(layer.B, layer.b):
             dB = (_scaled(z, layer).T @ dy).T  # this way round is the faster one
-            found["B"] = dB if layer.b is None else dB * layer.b[:, None]
-            found["b"] = dB if layer.b is None else (dB * layer.B).sum(1, dtype=layer.b.dtype)
+            if _trains(layer.B):
+                found["B"] = dB if layer.b is None else dB * layer.b[:, None]
+            if layer.b is not None:
+                found["b"] = (dB * layer.B).sum(1, dtype=layer.b.dtype)
         if layer.g is not None:
             found["g"] = (du * z).sum(0, dtype=layer.g.dtype) * _scale(layer)
     return dy, _scaled(du, layer)

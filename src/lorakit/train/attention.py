@@ -248,7 +248,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if logits.shape[:2] == batch["input_ids"].shape:
         logits = logits[batch["attention_mask"].bool()] if "attention_mask" in batch else logits
     weights = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).sin().view_as(logits)
-    (gradient,) = torch.autograd.grad((logits * weights).sum(), leaves[:1])
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), leaves[-1:])  # the last: a method may have looked at the base first
     return logits.detach(), gradient
 
 

@@ -95,7 +95,8 @@ class CompiledLayers:
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 return self.compiled(layer, *args, **kwargs)
         except self.errors as error:
-            why = f"{type(layer).__name__}: {str(error).strip().splitlines()[0]}"
+            inner = getattr(error, "inner_exception", error)  # a failed backend's own
+            why = f"{type(layer).__name__}: {type(inner).__name__}: {str(inner).strip().splitlines()[0]}"
             if self.required:
                 raise Incompatible(f"torch_compile=true cannot compile {why}; use torch_compile=false") from error
             self.failed = why

@@ -82,8 +82,8 @@ def choose(config: TrainConfig, adapted: Adapted, data: TrainData, here: World, 
     dynamic = True if any(task.train.fill is None for task in data.tasks) else None
     if before is False or config.torch_compile is False:
         return Choice(False)
-    if config.torch_compile is True and here.sharded:
-        raise Incompatible("torch_compile=true is not supported over a sharded base; use torch_compile=false")
+    if here.sharded and (before or config.torch_compile is True):
+        raise Incompatible("torch_compile is not supported over a sharded base; use torch_compile=false")
     if before or config.torch_compile is True:
         if (missing := no_compiler(here.device)) is not None:
             raise Incompatible(f"torch_compile needs {missing} on this machine; install one, or use torch_compile=false")

@@ -82,7 +82,7 @@ class TrainConfig(pydantic.BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed."""
-        return self.model_dump(mode="json", exclude={"resume", "output_dir", "logging_steps", "save_total_limit"})
+        return self.model_dump(mode="json", exclude={"resume", "output_dir", "logging_steps", "save_total_limit", "torch_compile"})
 
 
 FIELDS = tuple(name for name in TrainConfig.model_fields if name != "method_args")

@@ -29,7 +29,7 @@ class Decomposed(Combine):
     """Magnitude m [d_out] trained, direction W + s·BA."""
 
     trains = frozenset({"m"})
-    fuses = True
+    fuses = rescales = True
     w2: Tensor
 
     def __init__(self, base: Base, delta: Delta, detach_norm: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.base import Dense, Transposed, added, base_of
+from lorakit.core.base import Dense, Transposed, Turned, base_of
 from lorakit.core.errors import BadParameter, Incompatible
 from lorakit.core.site import Where
 from lorakit.parts.bases.host import Held, decoded, enter, held, leave, packed_in, product, put
@@ -32,9 +32,13 @@ class NF4:
         packed = packed_in(self.module)
         return self.plain.matmul(x) if packed is None else product(self.module, packed, x)
 
-    def matmul_t(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+    def matmul_t(self, dy: Tensor) -> Tensor:
         packed = packed_in(self.module)
-        return self.plain.matmul_t(dy, into) if packed is None else added(product(self.module, packed, dy, transposed=True), into)
+        return self.plain.matmul_t(dy) if packed is None else product(self.module, packed, dy, transposed=True)
+
+    def bound(self) -> Turned:
+        packed = packed_in(self.module)
+        return self.plain.bound() if packed is None else partial(_decoded_product, self.module, packed)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         packed = packed_in(self.module)
@@ -92,6 +96,11 @@ class NF4:
     @property
     def device(self) -> torch.device:
         return self.plain.device
+
+
+def _decoded_product(module: nn.Module, packed: Packed, dy: Tensor, dx: Tensor | None) -> Tensor:
+    found = product(module, packed, dy, transposed=True)
+    return found if dx is None else dx.add_(found)
 
 
 @dataclass(frozen=True)
