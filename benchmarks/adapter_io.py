@@ -290,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer-limit", type=int, default=64, help="PEFT takes part up to so many adapters")
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args(argv)
+    whole = harness.is_default(parser, args)
     warnings.simplefilter("ignore")  # PEFT's, of every save and every second adapter
     if args.smoke:
         args.counts, args.rounds, args.rank = [1, 2], 2, 2
@@ -300,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "attach, switch, merge, save, load": ["operation", *(key for key in columns if key not in ("operation", *growths))],
         "growth with the number of adapters": growths,
     }
-    harness.publish("adapter_io", args, rows, targets_of(rows), tables=tables)
+    harness.publish("adapter_io", args, rows, targets_of(rows), tables=tables, whole=whole)
 
 
 if __name__ == "__main__":

@@ -374,6 +374,12 @@ def arguments(description: str | None, *, rounds: int = 30) -> argparse.Argument
     return parser
 
 
+def is_default(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """Whether a run is the whole one: every argument as it comes, but for where it runs and where its results go."""
+    usual = vars(parser.parse_args([]))
+    return all(value == usual[name] for name, value in vars(args).items() if name not in ("json", "device"))
+
+
 def publish(
     benchmark: str,
     args: argparse.Namespace,

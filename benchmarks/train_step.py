@@ -35,6 +35,7 @@ from benchmarks.harness import Paired, Row, Target
 from lorakit import attach, get_method, quantize
 from lorakit.cli.results import figure
 from lorakit.core.method import describe
+from lorakit.train.allocator import keep_freed_memory
 from lorakit.train.attention import segment_attention
 from lorakit.train.compile import compile_layers
 from lorakit.train.metrics import forward_loss
@@ -64,10 +65,12 @@ class Cell:
         return self.batch * self.length
 
 
-ALL = ("peft", "lorakit compiled", "peft compiled by layer", "peft compiled whole", "frozen compiled", "full")
+ALL = (
+    "peft", "peft autocast", "peft bfloat16", "lorakit compiled", "peft compiled by layer", "peft compiled whole", "frozen compiled", "full"
+)  # fmt: skip
 STAR = (
     Cell("lora", besides=ALL),
-    Cell("lora, dropout 0.05", dropout=0.05, besides=("peft", "lorakit compiled")),
+    Cell("lora, dropout 0.05", dropout=0.05, besides=("peft", "peft autocast", "peft bfloat16", "lorakit compiled")),
     Cell("dora", method="dora", besides=("peft", "our lora")),
     Cell("lora_fa", method="lora_fa", note="peer: PEFT's LoRA with A frozen, which is all that its LoRA-FA optimizer does to a step"),
     Cell("vera", method="vera"),
@@ -157,9 +160,9 @@ def ours(cell: Cell, sizes: Sizes, batch: Batch, *, compiled: bool = False) -> C
     return Contender(model, loss)
 
 
-def theirs(cell: Cell, sizes: Sizes, batch: Batch) -> Contender:
-    """PEFT's."""
-    adapted = peft.get_peft_model(base(cell, sizes), PEERS[cell.method](cell))
+def theirs(cell: Cell, sizes: Sizes, batch: Batch, *, wide: bool = True) -> Contender:
+    """PEFT's, its adapters in fp32, as its default is (so that their branch is computed in fp32), or else in the base's dtype."""
+    adapted = peft.get_peft_model(base(cell, sizes), PEERS[cell.method](cell), autocast_adapter_dtype=wide)
     if cell.method == "lora_fa":
         for name, p in adapted.named_parameters():
             p.requires_grad_("lora_B" in name)
@@ -176,6 +179,16 @@ PEERS: dict[str, Callable[[Cell], peft.PeftConfig]] = {
     "dora": lambda cell: _lora(cell, use_dora=True),
     "vera": lambda cell: peft.VeraConfig(r=cell.r, vera_dropout=cell.dropout, target_modules=LINEAR),
 }
+
+
+def autocast(contender: Contender, sizes: Sizes) -> Contender:
+    """Under autocast, as Trainer runs it with bf16=True: fp32 adapters, bf16 products."""
+
+    def loss() -> Tensor:
+        with torch.autocast(sizes.device, torch.bfloat16):
+            return contender.loss()
+
+    return Contender(contender.model, loss)
 
 
 def plain(model: nn.Module, batch: Batch) -> Contender:
@@ -208,6 +221,8 @@ CONTENDERS: dict[str, Callable[[Cell, Sizes, Batch], Contender]] = {
     "lorakit compiled": lambda cell, sizes, batch: ours(cell, sizes, batch, compiled=True),
     "our lora": lambda cell, sizes, batch: ours(dataclasses.replace(cell, method="lora"), sizes, batch),
     "peft": theirs,
+    "peft autocast": lambda cell, sizes, batch: autocast(theirs(cell, sizes, batch), sizes),
+    "peft bfloat16": lambda cell, sizes, batch: theirs(cell, sizes, batch, wide=False),
     "peft compiled by layer": lambda cell, sizes, batch: by_layer(theirs(cell, sizes, batch), sizes),
     "peft compiled whole": lambda cell, sizes, batch: whole(theirs(cell, sizes, batch), sizes),
     "frozen": frozen,
@@ -331,8 +346,9 @@ def check(made: dict[str, Contender]) -> None:
 
 
 def kept(made: dict[str, Contender], batch: Batch) -> dict[str, int]:
-    """Bytes that each uncompiled forward keeps for backward; the frozen model's with our loss, too."""
-    saved = {n: harness.saved_bytes(c.model, c.loss, besides=batch.values()) for n, c in made.items() if "compiled" not in n}
+    """Bytes that each uncompiled forward, and our compiled one, keeps for backward; the frozen model's with our loss, too."""
+    shown = {n: c for n, c in made.items() if "compiled" not in n or n.startswith("lorakit")}
+    saved = {n: harness.saved_bytes(c.model, c.loss, besides=batch.values()) for n, c in shown.items()}
     bare = made["frozen"].model
     saved["frozen, our loss"] = harness.saved_bytes(bare, lambda: forward_loss(bare, batch)[0], besides=batch.values())
     return saved
@@ -380,8 +396,10 @@ def targets(rows: dict[str, Row]) -> list[Target]:
         Target.at_least("bf16, r 16, dropout 0.05: faster than PEFT eager", 2.3, at("lora, dropout 0.05", f"peft / {dropped}"), dropped),
         Target.at_least("bf16, r 16: faster than PEFT compiled", 1.0, at("lora", f"{peer} / {fast}"), f"{fast} against {peer}"),
         Target.at_least("no cell slower than PEFT: the interval's upper end where it is worst", 1.0, *slowest),
-        Target.at_most("bf16: saved bytes of PEFT's", 0.45, share("lora", "lorakit saved MB", "peft saved MB")),
-        Target.at_most("bf16, dropout 0.05: saved bytes of PEFT's", 0.35, share("lora, dropout 0.05", "lorakit saved MB", "peft saved MB")),
+        Target.at_most("bf16: saved bytes of PEFT's", 0.45, share("lora", f"{fast} saved MB", "peft saved MB"), fast),
+        Target.at_most(
+            "bf16, dropout 0.05: saved bytes of PEFT's", 0.35, share("lora, dropout 0.05", f"{dropped} saved MB", "peft saved MB"), dropped
+        ),
         Target.at_most(
             "LoRA-FA: saved bytes of the frozen model's, same loss", 1.02, share("lora_fa", "lorakit saved MB", "frozen, our loss saved MB")
         ),
@@ -408,6 +426,11 @@ def extreme(choose: Callable[..., Any], values: dict[str, float]) -> tuple[float
 # ---------------------------------------------------------------------------------------------------------------------- the run
 TABLES = {
     "Uncompiled steps": ["cell", "lorakit s", "peft s", "frozen s", "limit s", "peft / lorakit", "lorakit / frozen", "lorakit / limit"],
+    "PEFT in bfloat16: under autocast, and with adapters in bfloat16": [
+        "cell", "peft autocast s", "peft bfloat16 s", "peft autocast / lorakit", "peft bfloat16 / lorakit",
+        "peft autocast / lorakit compiled",
+        "peft bfloat16 / lorakit compiled", "peft autocast saved MB", "peft bfloat16 saved MB",
+    ],
     "Compiled, and full fine-tuning, seconds": [
         "cell", "lorakit compiled s", "peft compiled by layer s", "peft compiled whole s", "frozen compiled s", "full s",
     ],
@@ -424,7 +447,8 @@ TABLES = {
         "frozen compiled compiles s",
     ],
     "Memory: kept for backward (saved), and rise of a fresh process (peak)": [
-        "cell", "lorakit saved MB", "peft saved MB", "frozen saved MB", "frozen, our loss saved MB", "kept limit MB",
+        "cell", "lorakit saved MB", "lorakit compiled saved MB", "peft saved MB",
+        "frozen saved MB", "frozen, our loss saved MB", "kept limit MB",
         "lorakit peak MB", "lorakit compiled peak MB", "peft peak MB", "frozen peak MB", "full peak MB",
     ],
     "What the machine does at best": ["cell", "bfloat16 GFLOP/s", "float32 GFLOP/s", "copy GB/s"],
@@ -456,11 +480,12 @@ def main() -> None:
     if args.smoke:
         args.rounds = min(args.rounds, 2)
     torch._dynamo.config.recompile_limit = 64  # contenders share code, and each counts as a recompilation of it
+    keep_freed_memory()  # as `lorakit train` does; here it serves every contender alike
     rates, rows = machine_rates(sizes), dict[str, Row]()
     for cell in [cell for cell in STAR if fnmatch.fnmatch(cell.name, args.cells)]:
         rows[cell.name] = measure(tiny(cell) if args.smoke else cell, sizes, args)
         print({key: figure(value) for key, value in rows[cell.name].items()}, flush=True)
-    harness.publish("train_step", args, [rates, *rows.values()], targets(rows), tables=TABLES, whole=args.cells == "*")
+    harness.publish("train_step", args, [rates, *rows.values()], targets(rows), tables=TABLES, whole=harness.is_default(parser, args))
 
 
 if __name__ == "__main__":
