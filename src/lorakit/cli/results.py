@@ -92,7 +92,7 @@ def figure(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    if value == 0 or abs(value) >= 1000:
+    if value == 0 or abs(value) >= 999.5:
         return f"{value:.0f}"
     return f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-3 else f"{value:.3g}"
 

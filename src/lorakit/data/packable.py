@@ -44,7 +44,7 @@ def _probe(model: nn.Module) -> str | None:
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     ids = [(7 * i + 3) % embeddings.num_embeddings for i in range(11)]
     first, second = Encoded(ids[:6], ids[:6]), Encoded(ids[6:], ids[6:])
-    with _eval_mode(model):
+    with eval_mode(model):
         together, alone = _logits(model, [first, second]), _logits(model, [second])
     if together.shape[:-1] != (1, 11):
         return "it gives one answer per sequence, so a window of several would get only one"
@@ -65,7 +65,8 @@ def _logits(model: nn.Module, documents: list[Encoded]) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """eval() inside; after it each module is in the mode that it was in before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

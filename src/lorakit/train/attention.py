@@ -10,8 +10,7 @@ rounding. Tokens of padding see themselves alone: their outputs, which nothing r
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.import_utils import is_tracing
 
+from lorakit.data.packable import eval_mode
 from lorakit.ops.attention import attention
 
 NAME = "lorakit_segments"
@@ -199,7 +199,7 @@ AttentionMaskInterface.register(NAME, segment_mask)
 def _probe(model: nn.Module) -> str | None:
     """Whole rows, a packed window with padding, and padded rows, by both functions, in eval mode."""
     configs = _configs(model)
-    with _eval_mode(model):
+    with eval_mode(model):
         for what, batch in _batches(model).items():
             try:
                 own = _run(model, batch)
@@ -250,14 +250,3 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     weights = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).sin().view_as(logits)
     (gradient,) = torch.autograd.grad((logits * weights).sum(), leaves[-1:])  # the last: a method may have looked at the base first
     return logits.detach(), gradient
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -1,13 +1,13 @@
 """Held-out figures of a model: loss, perplexity and bits per byte of text; accuracy and F1 of classes."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.errors import DataError
+from lorakit.data.packable import eval_mode
 from lorakit.train.dataset import Batch, Side
 from lorakit.train.distributed import World
 from lorakit.train.kinds import told
@@ -16,23 +16,11 @@ from lorakit.train.metrics import accuracy, bits_per_byte, forward_loss, macro_f
 ALONE = World(0, 1, torch.device("cpu"), False)
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """eval() and no gradients inside; the mode before comes back after."""
-    before = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(before)
-
-
 def evaluate(model: nn.Module, side: Side, *, batch_size: int, world: World = ALONE) -> dict[str, float]:
     """Figures over one side of the data: {loss, perplexity, bits_per_byte} or {loss, accuracy, macro_f1}."""
     device = next(model.parameters()).device
     batches = (to(batch, device) for batch in side.batches(batch_size, rank=world.rank, world=world.size))
-    with eval_mode(model):
+    with eval_mode(model), torch.no_grad():
         return _texts(model, batches, side.n_bytes, world) if side.n_bytes else _classes(model, batches, world)
 
 
