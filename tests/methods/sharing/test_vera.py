@@ -162,7 +162,8 @@ def test_a_fresh_process_draws_the_same_pair(tmp_path: Path) -> None:
     script = (
         "import sys, torch, lorakit; from lorakit.data.tiny import tiny_model\n"
         "m = lorakit.load(tiny_model('llama'), sys.argv[1]).model\n"
-        "ids = torch.load(sys.argv[2]); torch.save(m(input_ids=ids).logits.detach(), sys.argv[3])\n"
+        "ids = torch.load(sys.argv[2])\n"
+        "with torch.no_grad(): torch.save(m(input_ids=ids).logits, sys.argv[3])\n"
     )
     torch.save(batch(), tmp_path / "ids")
     subprocess.run([sys.executable, "-c", script, *(str(tmp_path / n) for n in ("a", "ids", "out"))], check=True, timeout=120)
