@@ -65,7 +65,7 @@ def test_targets_take_the_fastest_of_ours_and_of_the_peers():
         "peft compiled by layer s": 1.9, "peft compiled whole s": 1.6,
         "peft / lorakit": [2.0, 1.9, 2.1], "peft / lorakit compiled": [2.5, 2.4, 2.6],
         "peft compiled by layer / lorakit compiled": [2.4, 2.3, 2.5], "peft compiled whole / lorakit compiled": [2.0, 1.9, 2.2],
-        "lorakit saved MB": 50.0, "peft saved MB": 100.0, "lorakit peak MB": 90.0, "peft peak MB": 100.0,
+        "lorakit saved MB": 60.0, "lorakit compiled saved MB": 50.0, "peft saved MB": 100.0, "lorakit peak MB": 90.0, "peft peak MB": 100.0,
     }  # fmt: skip
     slow = {"peft / lorakit": [0.9, 0.8, 0.95], "lorakit peak MB": 110.0, "peft peak MB": 100.0}
     found = {target.name: target for target in bench.targets({"lora": row, "lora, r 64": slow})}
