@@ -26,7 +26,7 @@ from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
 from lorakit.core.pause import paused
 from lorakit.core.places import Places
-from lorakit.core.prepare import Prepare, leave_context
+from lorakit.core.prepare import Prepare, leave_context, own_modules
 from lorakit.core.shared import Patch, Shared, take_shapes
 from lorakit.core.site import MODULES, ROOT, Beyond, Site, Where, sites_of, strange_stacks, weight_shape
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
@@ -251,7 +251,7 @@ class Adapted:
             slot.active = ()
             if base.module in tied:
                 self._set_tied(False)
-        weights = {id(m._parameters.get("weight")) for m in _own_modules(self.model)}
+        weights = {id(m._parameters.get("weight")) for m in own_modules(self.model)}
         if any(id(u.original) in weights for n in self.active for u in self.unfrozen[n]):  # trained beside a frozen twin
             self._set_tied(False)
         self._merged = True
@@ -546,19 +546,11 @@ def _tensors(branch: Branch, *, keep_vars: bool = False) -> dict[str, Tensor]:
 def _tied_modules(model: nn.Module) -> set[nn.Module]:
     """Modules whose `weight` is also another module's."""
     owners: dict[int, set[nn.Module]] = {}
-    for module in _own_modules(model):
+    for module in own_modules(model):
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), set()).add(module)
     return {m for modules in owners.values() if len(modules) > 1 for m in modules}
-
-
-def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The model's modules without the adapters', which may be many more. One that is in several places comes several times."""
-    yield module
-    for name, child in module._modules.items():
-        if child is not None and name not in ("lora", ROOT):
-            yield from _own_modules(child)
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", force: bool = False) -> Adapted:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.errors import Incompatible
-from lorakit.core.layer import Slot
+from lorakit.core.site import ROOT
 
 
 class Prepare:
@@ -29,16 +29,16 @@ class Prepare:
                 _carry_context(model, self.cell)
 
 
-def _outside(module: nn.Module) -> Iterator[nn.Module]:
-    """The model's own modules: a forward should not take longer the more adapters are attached."""
+def own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules without the adapters', which may be many more. One that is in several places comes several times."""
     yield module
-    for child in module.children():
-        if not isinstance(child, Slot):
-            yield from _outside(child)
+    for name, child in module._modules.items():
+        if child is not None and name not in ("lora", ROOT):
+            yield from own_modules(child)
 
 
 def _carry_context(model: nn.Module, cell: Cell) -> None:
-    for module in _outside(model):
+    for module in own_modules(model):
         func = getattr(module, "_gradient_checkpointing_func", None)
         if func is None or not getattr(module, "gradient_checkpointing", False) or "context_fn" in getattr(func, "keywords", {}):
             continue
