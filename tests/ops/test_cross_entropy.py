@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lorakit.core.attach import attach
 from lorakit.core.method import get_method
 from lorakit.data.tiny import tiny_model
 from lorakit.ops import reference
-from lorakit.ops.cross_entropy import IGNORED, head_loss
+from lorakit.ops.cross_entropy import BLOCK, IGNORED, head_loss
 from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
 
@@ -64,17 +65,21 @@ def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float 
     d=st.integers(1, 7),
     v=st.integers(1, 13),
     rows=st.integers(1, 14),
+    block=st.integers(1, 60),
     share=st.floats(0, 1),
     bias=st.booleans(),
     trained=st.booleans(),
     needs_h=st.booleans(),
 )
-def test_any_shape_any_chunk_any_label(n: int, d: int, v: int, rows: int, share: float, bias: bool, trained: bool, needs_h: bool) -> None:
+def test_any_shape_any_chunk_any_label(
+    n: int, d: int, v: int, rows: int, block: int, share: float, bias: bool, trained: bool, needs_h: bool
+) -> None:
     head, h, y = linear(d, v, bias=bias, trained=trained), draw(n, d), labels(n, v, ignored=round(share * n))
     if not (trained or needs_h):
         assert not head_loss(h, head, y, rows=rows).requires_grad
         return
-    found = everything(lambda x: head_loss(x, head, y, rows=rows), h, head, needs_h=needs_h)
+    with patch.dict(BLOCK, cpu=block):
+        found = everything(lambda x: head_loss(x, head, y, rows=rows), h, head, needs_h=needs_h)
     agree(found, everything(lambda x: reference.head_loss(x, head, y), h, head, needs_h=needs_h))
 
 
@@ -241,16 +246,18 @@ def test_inside_activation_checkpointing(trained: bool) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- counted work
 class Largest(TorchDispatchMode):
-    """The most values in any tensor made, and the calls of each operation."""
+    """The most values in any tensor made, of a dtype if given, and the calls of each operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dtype = dtype
         self.numel, self.calls = 0, dict[str, int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.calls[func.__name__] = self.calls.get(func.__name__, 0) + 1
-        self.numel = max([self.numel, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))])
+        tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        self.numel = max([self.numel, *(t.numel() for t in tensors if self.dtype in (None, t.dtype))])
         return out
 
 
@@ -265,6 +272,14 @@ def test_whole_logits_never_live(trained: bool) -> None:
     with Largest() as seen:
         reference.head_loss(h, head, y).backward()
     assert seen.numel == n * v
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_fp32_logits_are_a_block(trained: bool) -> None:
+    head, h, y = linear(4, 40, trained=trained, dtype=torch.bfloat16), draw(64, 4, dtype=torch.bfloat16).requires_grad_(), labels(64, 40)
+    with patch.dict(BLOCK, cpu=3 * 40), Largest(torch.float32) as seen:
+        head_loss(h, head, y, rows=8)
+    assert seen.numel == max(3 * 40, 40 * 4 * trained)  # a trained weight's gradient is summed up in fp32
 
 
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:

@@ -1,4 +1,4 @@
-"""`reference.attention` on the CPU: torch's flash kernel forward, segment by segment; a backward of products that fit the L2 cache.
+"""`reference.attention` on the CPU: torch's flash kernel forward, segment by segment; a backward of few, large products.
 
     P = exp(scale · q kᵀ − L)      dv = Pᵀ dout      dP = dout vᵀ      dS = P ∘ (dP − Δ)      dq = scale · dS k      dk = scale · dSᵀ q
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 SHORT = 256
 """Tokens that short segments may have together to share a tile; also the queries or keys of a block."""
-_HEADS = 2  # worked on at once: the scores and their gradients of one head fit the L2 cache of one core
+_AT_ONCE = 8192  # queries of all heads that are worked on together: fewer take longer to call than to multiply, more fill the caches
 _LANES = 32  # bf16 products of the processor take inner dimensions in such steps
 _PARTS = {torch.bfloat16: 3}  # so many numbers of 8 bits are one of fp32
 
@@ -137,8 +137,9 @@ def _attention_backward(
             r = (slice(tile.rows.start, tile.rows.stop), slice(None), s)
             dq[r], dk[r], dv[r] = _torch_backward(dout[r], q[r], k[r], v[r], out[r], L[r], scale)
             continue
-        for row, head in product(tile.rows, range(0, kv, _HEADS)):
-            at = (row, slice(head, head + _HEADS))
+        heads = max(1, _AT_ONCE // (tile.end - tile.start))
+        for row, head in product(tile.rows, range(0, kv, heads)):
+            at = (row, slice(head, head + heads))
             Q, D = (room.joined(n, x[at][:, :, s], e[at][:, :, s]) for n, x, e in zip("QD", by_kv, extra, strict=False))
             K, V = (room.joined(n, x[at][:, s], signs.expand(*x[at][:, s].shape[:-1], -1)) for n, x in (("K", k), ("V", v)))
             _tile_backward(room, (Q, D, K, V), tile.first, scale, (by_kv[2][at][:, :, s], dk[at][:, s], dv[at][:, s]))

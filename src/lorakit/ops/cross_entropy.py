@@ -20,7 +20,9 @@ from torch.autograd.graph import Node
 IGNORED = -100
 """The target of a row without a loss: torch's own default."""
 CHUNK = {"cpu": 2**23, "cuda": 2**26}
-"""Logits of a chunk, 32 MB and 256 MB in fp32."""
+"""Logits of a chunk."""
+BLOCK = {"cpu": 2**20, "cuda": 2**26}
+"""Logits of a chunk that are in fp32 at a time: 4 MB stay in the CPU's cache, and memory beyond 32 MB would be fetched anew each time."""
 ROWS = 256
 """At least so many rows a chunk: each reads the whole head again, and with 128 the CPU's bf16 products take 1.4 times as long."""
 
@@ -45,8 +47,21 @@ def head_loss(h: Tensor, head: nn.Linear, targets: Tensor, *, rows: int | None =
     return (_closed if frozen else _traced)(x, head, y, chunks)
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(_wide(logits)), targets, ignore_index=IGNORED, reduction="sum")
+@torch.no_grad()
+def _loss(logits: Tensor, targets: Tensor, slopes: Tensor | None = None) -> Tensor:
+    """The loss of logits [c, v], block by block; ∂loss/∂logits goes into `slopes` [c, v], which may be the logits' own memory."""
+    rows = max(1, BLOCK.get(logits.device.type, BLOCK["cpu"]) // logits.shape[-1])
+    losses = []
+    for i in range(0, max(1, len(logits)), rows):
+        c = slice(i, i + rows)
+        wide, ignored = logits[c].to(_wide(logits)).log_softmax(-1), (targets[c] == IGNORED).unsqueeze(-1)
+        at = targets[c].unsqueeze(-1).masked_fill(ignored, 0)
+        log_p = wide.gather(-1, at)  # [rows, 1]
+        losses.append(-log_p.masked_fill(ignored, 0).sum())
+        if slopes is not None:
+            softmax_less_onehot = wide.exp_().scatter_(-1, at, log_p.expm1())
+            slopes[c] = softmax_less_onehot.masked_fill_(ignored, 0)
+    return _sum(losses)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -65,39 +80,36 @@ def _frozen(head: nn.Linear, x: Tensor) -> bool:
 
 
 def _closed(x: Tensor, head: nn.Linear, y: Tensor, chunks: list[slice]) -> Tensor:
-    dx = torch.empty_like(x, requires_grad=False)
+    W, bias = head.weight, head.bias
+    dx, room = torch.empty_like(x, requires_grad=False), x.new_empty(len(x[chunks[0]]), len(W))
+    losses = []
     with torch.no_grad():
-        loss = _sum([_closed_chunk(x[c], head, y[c], dx[c]) for c in chunks])
-        dx.masked_fill_((y == IGNORED).unsqueeze(-1), 0)
-    return _known(loss, [x], [dx])
-
-
-def _closed_chunk(x: Tensor, head: nn.Linear, y: Tensor, dx: Tensor) -> Tensor:
-    """The loss of rows x [c, d]; their gradient goes into dx [c, d], also for ignored rows."""
-    wide = torch.log_softmax(F.linear(x, head.weight, head.bias), -1, dtype=_wide(x))  # [c, v]
-    ignored = y == IGNORED
-    at = y.masked_fill(ignored, 0).unsqueeze(-1)
-    log_p = wide.gather(-1, at)  # [c, 1]
-    wide.exp_().scatter_(-1, at, log_p.expm1())  # softmax − onehot
-    torch.mm(wide.to(x.dtype), head.weight, out=dx)
-    return -log_p.squeeze(-1).masked_fill(ignored, 0).sum()
+        for c in chunks:
+            logits = room[: len(x[c])]
+            torch.mm(x[c], W.T, out=logits) if bias is None else torch.addmm(bias, x[c], W.T, out=logits)
+            losses.append(_loss(logits, y[c], logits))
+            torch.mm(logits, W, out=dx[c])
+    return _known(_sum(losses), [x], [dx])
 
 
 # ------------------------------------------------------------------------------------------------------------ any other head
 def _traced(x: Tensor, head: nn.Linear, y: Tensor, chunks: list[slice]) -> Tensor:
     """Through the head's own graph. What learns in it may be registered elsewhere (a pool that sites share), so the first chunk's graph is
     asked."""
-    graphs = (_graph(x[c], head, y[c]) for c in chunks)
-    part, loss = first = next(graphs)
-    trained = [leaf for leaf in _leaves(loss) if leaf is not part]
+    graphs = (_graph(x[c], head) for c in chunks)
+    part, logits = first = next(graphs)
+    trained = [leaf for leaf in _leaves(logits) if leaf is not part]
     if any(leaf._backward_hooks for leaf in trained):  # they would be called here and again in backward
-        return _loss(head(x), y)
+        whole = head(x)
+        return F.cross_entropy(whole.to(_wide(whole)), y, ignore_index=IGNORED, reduction="sum")
     dx, sums = torch.empty_like(x, requires_grad=False), [torch.zeros_like(t, dtype=_wide(t), requires_grad=False) for t in trained]
+    room = torch.empty_like(logits, requires_grad=False)
     losses: list[Tensor] = []
-    for c, (part, loss) in zip(chunks, itertools.chain([first], graphs), strict=True):
-        losses.append(loss.detach())
+    for c, (part, logits) in zip(chunks, itertools.chain([first], graphs), strict=True):
+        slopes = room[: len(logits)]
+        losses.append(_loss(logits, y[c], slopes))
         wanted = ([part] if x.requires_grad else []) + trained
-        grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
+        grads = list(torch.autograd.grad(logits, wanted, slopes)) if wanted else []
         if x.requires_grad:
             dx[c] = grads.pop(0)
         for total, grad in zip(sums, grads, strict=True):
@@ -107,15 +119,15 @@ def _traced(x: Tensor, head: nn.Linear, y: Tensor, chunks: list[slice]) -> Tenso
     return _known(_sum(losses), inputs, found)
 
 
-def _graph(x: Tensor, head: nn.Linear, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows as a leaf, and their loss."""
+def _graph(x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The rows as a leaf, and their logits."""
     part = x.detach().requires_grad_(x.requires_grad)
-    return part, _loss(head(part), y)
+    return part, head(part)
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that the loss has gradients for, in the order of their first use."""
-    found, seen, stack = list[Tensor](), set[Node](), [loss.grad_fn]
+def _leaves(logits: Tensor) -> list[Tensor]:
+    """The tensors that logits have gradients for, in the order of their first use."""
+    found, seen, stack = list[Tensor](), set[Node](), [logits.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

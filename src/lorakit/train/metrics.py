@@ -22,8 +22,8 @@ from lorakit.data.encoded import IGNORED
 from lorakit.ops.cross_entropy import head_loss
 from lorakit.train.head import head_and_hidden
 
-CHUNK = 2**24
-"""Logits upcast to fp32 at a time: 64 MB."""
+CHUNK = 2**22
+"""Logits upcast to fp32 at a time: 16 MB, as memory beyond 32 MB would be fetched anew each time (train/allocator.py)."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ the loss
