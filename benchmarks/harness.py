@@ -190,14 +190,21 @@ def bandwidth(*, device: str = "cpu", megabytes: int = 256, repeats: int = 10) -
 
 # ---------------------------------------------------------------------------------------------------------------------- memory
 def fresh(module: str, function: str, **arguments: Any) -> Any:
-    """Call `module.function(**arguments)` in a process of its own and return its value; arguments and value are JSON.
+    """`alone`, in a process where large blocks come from the system and go back to it at once: else freed memory stays resident and hides
+    the next peak."""
+    return _alone(module, function, arguments, {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
 
-    There large blocks come from the system and go back to it at once: else freed memory stays resident and hides the next peak.
-    """
+
+def alone(module: str, function: str, **arguments: Any) -> Any:
+    """Call `module.function(**arguments)` in a process of its own and return its value; arguments and value are JSON."""
+    return _alone(module, function, arguments, {})
+
+
+def _alone(module: str, function: str, arguments: dict[str, Any], env: dict[str, str]) -> Any:
     code = "import sys; from benchmarks.harness import _child; _child(*sys.argv[1:])"
-    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", code, module, function, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    env = {**os.environ, **env, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{module}.{function} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.rsplit("\n", 2)[-2])

@@ -40,6 +40,8 @@ class Layer(NamedTuple):
     """W [d_out, d_in] itself, where adding ΔW to it loses nothing: stored so, and as wide as A and B."""
 
 
+ROWS = 64
+"""Added at a time: what their columns sum up to stays in a CPU's cache."""
 TENSORS = ("A", "B", "g", "b", "gain", "bias")
 
 
@@ -81,6 +83,8 @@ class _LoraLinear(torch.autograd.Function):
                 dy, dz = _through(dy.reshape(-1, dy.shape[-1]), layer, z, inner, found[i])
                 dx = _into(dx, dy, layer) if needs_x else None
             dzs.append(dz)
+        if x is not None and dx is not None:
+            layers = [_mask_made(layer, x) for layer in layers]
         if x is not None:
             for grads, dA in zip(found, _dA(x.reshape(-1, x.shape[-1]), layers, dzs), strict=True):
                 grads["A"] = dA  # type: ignore[assignment]
@@ -107,6 +111,13 @@ def _kernels(like: Tensor) -> ModuleType:
     from lorakit.ops.triton import products
 
     return products
+
+
+def _mask_made(layer: Layer, x: Tensor) -> Layer:
+    """The layer with its mask made once for both products that need it; a kernel makes it in registers."""
+    if layer.mask is None or _kernels(x) is not cpu:
+        return layer
+    return layer._replace(mask=layer.mask.made_for(x.reshape(-1, x.shape[-1])))
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -146,7 +157,7 @@ def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, f
     if layer.gain is not None:
         if inner is not None:
             shift = 0 if layer.bias is None else layer.bias * found["bias"]
-            found["gain"] = (dy * inner).sum(0, dtype=layer.gain.dtype) - shift
+            found["gain"] = _by_column(dy, inner, layer.gain.dtype) - shift
         dy = _kernels(dy).gained(dy, layer.gain)
     du = dy @ _up(layer, dy.dtype)
     if z is not None:
@@ -159,6 +170,16 @@ def _through(dy: Tensor, layer: Layer, z: Tensor | None, inner: Tensor | None, f
         if layer.g is not None:
             found["g"] = (du * z).sum(0, dtype=layer.g.dtype) * _scale(layer)
     return dy, _scaled(du, layer)
+
+
+def _by_column(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_n x ∘ y in a wide dtype: [n, m] -> [m]. Some rows at a time: torch's own sum over rows of a narrow dtype is slow."""
+    if x.device.type != "cpu":
+        return (x * y).sum(0, dtype=dtype)
+    sums = x.new_zeros(min(len(x), ROWS), x.shape[1], dtype=dtype)
+    for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        sums[: len(a)].addcmul_(a.to(dtype), b.to(dtype))
+    return sums.sum(0)
 
 
 def _dA(x: Tensor, layers: Sequence[Layer], dzs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
