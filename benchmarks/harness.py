@@ -301,19 +301,22 @@ class Target:
     why: str = ""
 
     @classmethod
-    def at_most(cls, name: str, limit: float, found: Paired | float | None, why: str = "") -> "Target":
-        """Reached where the figure itself, not its interval, is no larger."""
-        return cls._of(name, f"≤ {limit:g}", found, lambda value: value <= limit, why)
+    def at_most(cls, name: str, limit: float, found: Paired | float | None, why: str = "", *, missed: str = "") -> "Target":
+        """Reached where the figure itself, not its interval, is no larger. `missed`: why it is not, if it is not."""
+        return cls._of(name, f"≤ {limit:g}", found, lambda value: value <= limit, why, missed)
 
     @classmethod
-    def at_least(cls, name: str, limit: float, found: Paired | float | None, why: str = "") -> "Target":
-        """Reached where the figure itself, not its interval, is no smaller."""
-        return cls._of(name, f"≥ {limit:g}", found, lambda value: value >= limit, why)
+    def at_least(cls, name: str, limit: float, found: Paired | float | None, why: str = "", *, missed: str = "") -> "Target":
+        """Reached where the figure itself, not its interval, is no smaller. `missed`: why it is not, if it is not."""
+        return cls._of(name, f"≥ {limit:g}", found, lambda value: value >= limit, why, missed)
 
     @classmethod
-    def _of(cls, name: str, wanted: str, found: Paired | float | None, holds: Callable[[float], bool], why: str) -> "Target":
+    def _of(cls, name: str, wanted: str, found: Paired | float | None, holds: Callable[[float], bool], why: str, missed: str) -> "Target":
         if found is None:
             return cls(name, wanted, None, None, None, why or "not measured in this run")
+        value = found.median if isinstance(found, Paired) else found
+        if missed and not holds(value):
+            why = f"{why}: {missed}" if why else missed
         if isinstance(found, Paired):
             return cls(name, wanted, round(found.median, 4), (round(found.low, 4), round(found.high, 4)), holds(found.median), why)
         return cls(name, wanted, round(found, 4), None, holds(found), why)
