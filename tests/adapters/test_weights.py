@@ -123,3 +123,38 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     for lost in (1, 100):
         with pytest.raises(CheckpointError, match="damaged or cut off: it ends within"):
             weights._tensors(weights.io.BytesIO(data[:-lost]), len(data), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- as it is used
+def test_a_tensor_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    made = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2], dtype=torch.int16), "e": torch.empty(0, 4)}
+    path.write_bytes(weights.pack(made))
+    filled: list[str] = []
+    original = weights._filled
+    monkeypatch.setattr(weights, "_filled", lambda place, file: filled.append(place.name) or original(place, file))
+    found = weights.OnDisk(path)
+    assert (sorted(found), len(found), filled) == (["a", "b", "e"], 3, [])
+    assert torch.equal(found["b"], made["b"])
+    assert filled == ["b"]
+    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in made.items())
+    with pytest.raises(KeyError):
+        found["c"]
+
+
+def test_a_file_that_is_another_one_now_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(weights.pack({"a": torch.zeros(3)}))
+    found = weights.OnDisk(path)
+    other = tmp_path / "b.safetensors"
+    other.write_bytes(weights.pack({"a": torch.ones(3)}))
+    other.replace(path)
+    with pytest.raises(CheckpointError, match="was changed while it was in use"):
+        found["a"]
+
+
+def test_what_is_no_safetensors_file_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"\x80\x02junk" * 10)
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        weights.OnDisk(path)

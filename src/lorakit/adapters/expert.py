@@ -1,16 +1,10 @@
 """One expert of a mixture as an ordinary LoRA: loadable, mergeable and exportable by itself."""
 
-import re
-from typing import Any
-
-import torch
-
-from lorakit.adapters.peft_rank import expressed
 from lorakit.adapters.peft_type import argument
+from lorakit.adapters.plain import plain_lora
 from lorakit.core.adapter import Adapter
 from lorakit.core.delta import Factors
 from lorakit.core.errors import BadParameter, NotExportable
-from lorakit.core.method import get_method
 
 
 def expert(adapter: Adapter, i: int) -> Adapter:
@@ -26,32 +20,11 @@ def expert(adapter: Adapter, i: int) -> Adapter:
     if not mine:
         raise NotExportable(f"expert {i} of {n} has no part at any site")
     sites = tuple(site for site in adapter.sites if site.name in mine)
-    rank = expressed({name: (len(f.A), f.s) for name, f in mine.items()})
-    patterns: dict[str, dict[str, Any]] = {
-        "rank_pattern": dict(rank.rank_pattern),
-        "alpha_pattern": {name: _alpha(alpha) for name, alpha in rank.alpha_pattern},
-    }
-    recipe = get_method(
-        "lora",
-        r=rank.r,
-        alpha=_alpha(rank.alpha),
-        dropout=argument(adapter, "dropout"),
-        sites=tuple(f"re:{re.escape(site.name)}" for site in sites),
-        **{name: pattern for name, pattern in patterns.items() if pattern},
-    ).recipe
-    assert recipe is not None
-    tensors = {f"{name}.{k}": v.detach().contiguous() for name, f in mine.items() for k, v in (("A", f.A), ("B", f.B))}
     meta = {k: v for k, v in adapter.meta.items() if k in ("base", "quantized")}
-    return Adapter(recipe, sites, tensors, meta)
+    return plain_lora(sites, mine, meta, dropout=argument(adapter, "dropout"))
 
 
 def _trimmed(f: Factors) -> Factors | None:
     """Without components that are zero in both factors, which only fill up a stack of several ranks; None where none is left."""
     kept = f.A.any(dim=1) | f.B.any(dim=0)
     return Factors(f.A[kept], f.B[:, kept], f.s) if kept.any() else None
-
-
-def _alpha(value: float) -> float:
-    """A scale that was kept in fp32 has seven digits: the number that was meant."""
-    meant = float(f"{value:.6g}")
-    return meant if float(torch.tensor(meant)) == float(torch.tensor(value)) else value

@@ -6,6 +6,7 @@
 Saving, loading and saving again gives the same bytes. A folder is replaced as a whole (see folder.py). Nothing here touches the network.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG
 from lorakit.adapters.record import read_bounded, read_record, recipe_in, record_of, to_json
-from lorakit.adapters.weights import PICKLES, pack, read, refusal
+from lorakit.adapters.weights import PICKLES, OnDisk, pack, read, refusal
 from lorakit.core.adapter import POOL, UNFROZEN, Adapter
 from lorakit.core.combine import AddSpec
 from lorakit.core.errors import CheckpointError, did_you_mean
@@ -31,21 +32,23 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
     return write_files(folder, {WEIGHTS: pack(adapter.tensors), RECORD: to_json(record_of(adapter))})
 
 
-def load_adapter(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
+def load_adapter(folder: str | Path, *, model: nn.Module | None = None, lazily: bool = False) -> Adapter:
     """Read an adapter from a folder of lorakit's or PEFT's format; the latter needs the model it is for.
+
+    `lazily`: lorakit's own tensors are read each time they are asked for, and not kept (weights.py, OnDisk).
 
     Raises CheckpointError for files that cannot be read, AdapterMismatch for tensors that do not fit their own recipe.
     """
     own = locate(folder, RECORD) is not None
-    adapter = read_adapter(folder, model=model)
+    adapter = read_adapter(folder, model=model, lazily=lazily)
     return check(adapter) if own else adapter
 
 
-def read_adapter(folder: str | Path, *, model: nn.Module | None = None) -> Adapter:
+def read_adapter(folder: str | Path, *, model: nn.Module | None = None, lazily: bool = False) -> Adapter:
     """`load_adapter`, but for lorakit's own format without `check`: attaching checks the tensors against the deltas that take them."""
     folder = Path(folder)
     if locate(folder, RECORD) is not None:
-        return _own(folder)
+        return _own(folder, OnDisk if lazily else read)
     if locate(folder, CONFIG) is not None:
         from lorakit.adapters.peft_read import from_peft
 
@@ -91,11 +94,11 @@ def found_weights(path: Path | None, folder: Path, name: str) -> Path:
     return path
 
 
-def _own(folder: Path) -> Adapter:
+def _own(folder: Path, opened: Callable[[Path], Mapping[str, Tensor]]) -> Adapter:
     path = locate(folder, RECORD)
     assert path is not None
     record = read_record(read_bounded(path), path)
-    tensors = read(found_weights(locate(folder, WEIGHTS), folder, WEIGHTS))
+    tensors = opened(found_weights(locate(folder, WEIGHTS), folder, WEIGHTS))
     return Adapter(recipe_in(record, path), tuple(s.site() for s in record.sites), tensors, record.meta)
 
 

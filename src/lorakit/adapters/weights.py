@@ -3,15 +3,18 @@
 import io
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from lorakit.core.errors import CheckpointError
+
+T = TypeVar("T")
 
 HEADER_LIMIT = 64 * 2**20
 """Bytes of a safetensors header: some 400 thousand tensors."""
@@ -52,7 +55,44 @@ def read(path: Path) -> dict[str, Tensor]:
         return _tensors(file, path.stat().st_size, path)
 
 
+class OnDisk(Mapping[str, Tensor]):
+    """The tensors in a file, each read when it is asked for, and never kept. Raises what `read` does, and CheckpointError where the file is
+    not the one any more that it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._known = _identity(file)
+            places, self._start = _header(file, path.stat().st_size, path)
+        self._places = {place.name: place for place in places}
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        with self.path.open("rb") as file:
+            if _identity(file) != self._known:
+                raise CheckpointError(f"{self.path} was changed while it was in use")
+            file.seek(self._start + place.start)
+            return _read(lambda: _filled(place, file), self.path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _identity(file: io.BufferedReader) -> tuple[int, ...]:
+    facts = os.fstat(file.fileno())
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def _tensors(file: io.BufferedIOBase, size: int, path: Path) -> dict[str, Tensor]:
+    places, _ = _header(file, size, path)
+    return _read(lambda: {place.name: _filled(place, file) for place in places}, path)
+
+
+def _header(file: io.BufferedIOBase, size: int, path: Path) -> tuple[list["_Place"], int]:
+    """(the tensors in the order of their bytes, where these begin)."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     header = file.read(length) if 0 < length <= min(HEADER_LIMIT, size - 8) else b""
@@ -60,8 +100,12 @@ def _tensors(file: io.BufferedIOBase, size: int, path: Path) -> dict[str, Tensor
         if start.startswith(PICKLE_STARTS):
             raise CheckpointError(refusal(path))
         raise CheckpointError(f"{path} is not a whole safetensors file: its {size} bytes do not hold the header they announce")
+    return _read(lambda: _places(json.loads(header), size - 8 - length), path), 8 + length
+
+
+def _read(work: Callable[[], T], path: Path) -> T:
     try:
-        return {place.name: _filled(place, file) for place in _places(json.loads(header), size - 8 - length)}
+        return work()
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is damaged or cut off: {reason}") from error
@@ -73,6 +117,8 @@ class _Place(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: list[int]
+    start: int
+    """Of its bytes, behind the header."""
     nbytes: int
 
 
@@ -89,7 +135,7 @@ def _places(header: dict[str, Any], size: int) -> list[_Place]:
         nbytes = math.prod(shape) * dtype.itemsize
         if (start, stop) != (end, end + nbytes):
             raise ValueError(f"{name} lies at bytes {start} to {stop}; expected {end} to {end + nbytes}")
-        found.append(_Place(name, dtype, shape, nbytes))
+        found.append(_Place(name, dtype, shape, start, nbytes))
         end += nbytes
     if end != size:
         raise ValueError(f"its tensors have {end} bytes; the file has {size} for them")

@@ -62,3 +62,20 @@ def convert(
     for line in run(adapter, out, to=to, model=base, base_model=name, **options):
         print(line)
     print(f"{to} adapter:", out)
+
+
+def statistics(
+    adapter: Folder,
+    data: Annotated[str, typer.Option("--data", help="of the adapter's own task: its validation side is used")],
+    out: Annotated[str, typer.Option("--out", help="new file, .safetensors")],
+    kind: Annotated[str, typer.Option("--kind", help="gram (for mix --how regmean) or fisher")] = "gram",
+    model: Model = None,
+    max_samples: Annotated[int | None, typer.Option("--max-samples", min=1)] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="default: that of the training")] = None,
+) -> None:
+    """What some mixers need of an adapter's task: the second moment of every site's inputs, or the Fisher information of its weight."""
+    from lorakit.serve.open import open_adapter
+    from lorakit.serve.statistics import collect, save_statistics
+
+    found = collect(open_adapter(adapter, model=model), data, kind, limit=max_samples, max_length=max_length)
+    print(f"{kind} of {len(found)} sites:", save_statistics(found, out))

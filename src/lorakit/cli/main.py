@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from lorakit.cli import at_rest, methods, quickstart, train, use
+from lorakit.cli import at_rest, methods, mix, quickstart, train, use
 from lorakit.core.errors import LorakitError
 
 app = typer.Typer(
@@ -52,6 +52,8 @@ command("chat", use.chat)
 command("inspect", at_rest.inspect)
 command("merge", use.merge)
 command("convert", at_rest.convert)
+command("statistics", at_rest.statistics)
+command("mix", mix.mix, settings=mix.SETTINGS)
 command("list", methods.list_)
 command("show", methods.show)
 command("new-method", methods.new_method)

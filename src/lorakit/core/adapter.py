@@ -1,7 +1,7 @@
 """An adapter at rest: a recipe, its sites, its tensors, and what it should know about itself. No module, no model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class Adapter:
     def of(self, site: Site) -> dict[str, Tensor]:
         """One site's tensors, by their short names."""
         prefix = site.name + "."
-        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix) and "." not in k[len(prefix) :]}
+        return {k[len(prefix) :]: self.tensors[k] for k in self.tensors if k.startswith(prefix) and "." not in k[len(prefix) :]}
 
     def shapes(self) -> dict[str, dict[str, torch.Size]]:
         """Of every site's tensors, by its name and theirs."""
@@ -76,19 +76,43 @@ class Adapter:
 
     def deltas(self) -> dict[str, Delta]:
         """A delta module per site, on the CPU, holding this adapter's tensors."""
-        pool, deltas = self.build()
+        if self.method().delta is None:
+            return {}
+        at = self.opened()
+        return {site.name: at(site) for site in self.sites}
+
+    def opened(self) -> Callable[[Site], Delta]:
+        """Makes one site's delta at a time, reading no other site's tensors."""
+        spec, cpu = self.method().delta, torch.device("cpu")
+        if spec is None:
+            raise NotExportable(f"{self.recipe.name} has no delta: it changes no weight by one")
+        pool = spec.pool(self.sites, every=self.sites, rng=random.generator(0, POOL), dtype=torch.float32, device=cpu)
         if pool is not None:
-            pool.load_state_dict(self.shared(POOL))
+            shared = self.shared(POOL)
+            take_shapes(pool.fit, _shapes(shared), f"{ROOT}.{POOL}")
+            pool.load_state_dict(shared)
             pool.eval().requires_grad_(False)
-        for name, delta in deltas.items():
-            held = delta.state_dict()
-            delta.load_state_dict({k: self.tensors[f"{name}.{k}"] for k in held if f"{name}.{k}" in self.tensors})
-            delta.eval().requires_grad_(False)
-        return deltas
+
+        def at(site: Site) -> Delta:
+            delta, tensors = spec.build(site, pool=pool, dtype=torch.float32, device=cpu), self.of(site)
+            take_shapes(delta.fit, _shapes(tensors), site.name)
+            delta.load_state_dict({name: tensors[name] for name in delta.state_dict() if name in tensors})
+            return delta.eval().requires_grad_(False)
+
+        return at
 
     def factors(self, *, stacks: bool = False) -> dict[str, Factors]:
         """(A, B, s) per site. Raises NotExportable with the sites and the reason when the update is not s·B·A, and where the factors are
         stacks, one pair for each expert, unless the caller knows `stacks`."""
+        self.check_factors(stacks=stacks)
+        found = {name: delta.factors() for name, delta in self.deltas().items()}
+        without = [name for name, f in found.items() if f is None]
+        if without:
+            raise NotExportable(f"{self.recipe.name} has no factors at {len(without)} sites ({without[0]}, …)")
+        return {name: f for name, f in found.items() if f is not None}
+
+    def check_factors(self, *, stacks: bool = False) -> None:
+        """Raise NotExportable where the method alone says that the update is not s·B·A."""
         method = self.method()
         if method.beyond is not None:
             raise NotExportable(f"{self.recipe.name} is more than a change of weights: {method.beyond}")
@@ -99,11 +123,6 @@ class Adapter:
         stacked = [site.name for site in self.sites if site.experts is not None]
         if stacked and not stacks:
             raise NotExportable(f"{len(stacked)} sites are stacks of experts ({stacked[0]}, …): there is no single s·B·A for one of them")
-        found = {name: delta.factors() for name, delta in self.deltas().items()}
-        without = [name for name, f in found.items() if f is None]
-        if without:
-            raise NotExportable(f"{self.recipe.name} has no factors at {len(without)} sites ({without[0]}, …)")
-        return {name: f for name, f in found.items() if f is not None}
 
     def check(self, expected: Mapping[str, Tensor], what: str) -> None:
         """Raise AdapterMismatch unless the tensors are exactly those expected, in shape and kind of number, and finite."""

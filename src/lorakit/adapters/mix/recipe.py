@@ -1,0 +1,100 @@
+"""A tree of mixes in a YAML file:
+
+    how: linear                  any mixer
+    weights: [1.0, -0.5]         one for each entry of `of`; an entry may be {pattern: weight}
+    space: delta+svd:16
+    of:
+      - adapters/math            a folder, relative to the file
+      - how: ties                or another mix
+        density: 0.3
+        of: [adapters/a, adapters/b]
+
+mergekit's names are read, too: `merge_method` for how, `models` for of, and in it {model: FOLDER, parameters: {weight: 0.7}}; options under
+`parameters` are those of the mixer, and `lambda` is `scale`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorakit.adapters.mix.mix import Stats, mix
+from lorakit.core.adapter import Adapter
+from lorakit.core.errors import BadParameter
+
+SIZE_LIMIT = 2**20
+DEPTH = 16
+
+
+class Mix(BaseModel):
+    """One mix, of folders and of other mixes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    of: list["str | Mix"]
+    how: str = "linear"
+    weights: list[float | dict[str, float]] | None = None
+    space: str = "delta"
+    seed: int = 0
+    options: dict[str, Any] = {}
+
+
+OWN = ("of", "how", "weights", "space", "seed")
+
+
+def read_recipe(path: str | Path) -> Mix:
+    """The tree in a file. Raises BadParameter, naming the file and the place in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadParameter(f"there is no recipe {path}")
+    if path.stat().st_size > SIZE_LIMIT:
+        raise BadParameter(f"{path} has {path.stat().st_size} bytes; a recipe has no more than {SIZE_LIMIT}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise BadParameter(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Mix.model_validate(_normal(found, path, path.parent, DEPTH))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadParameter(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def made(tree: Mix, *, load: Callable[[str], Adapter], force: bool = False, stats: Stats | None = None) -> Adapter:
+    """The adapter that a tree describes; `load` opens its folders. `stats` are those of the uppermost mix."""
+    parts = [load(part) if isinstance(part, str) else made(part, load=load, force=force) for part in tree.of]
+    return mix(parts, tree.how, weights=tree.weights, space=tree.space, seed=tree.seed, force=force, stats=stats, **tree.options)
+
+
+def _normal(node: Any, path: Path, folder: Path, depth: int) -> Any:
+    """A node in our own names, its folders seen from the file's."""
+    if depth == 0:
+        raise BadParameter(f"{path}: mixes are nested more than {DEPTH} deep")
+    if isinstance(node, str):
+        return str(folder / node)
+    if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
+        raise BadParameter(f"{path}: {str(node)[:60]!r} is neither a folder nor a mix with `how` and `of`")
+    node = dict(node)
+    options = dict(node.pop("parameters", {}) or {})
+    for theirs, ours in (("merge_method", "how"), ("models", "of")):
+        if theirs in node:
+            node[ours] = node.pop(theirs)
+    entries = node.get("of")
+    if not isinstance(entries, list):
+        raise BadParameter(f"{path}: a mix has no list `of` of folders and mixes")
+    weights = [_weight(entry) for entry in entries]
+    if any(weight is not None for weight in weights):
+        node.setdefault("weights", [1.0 if weight is None else weight for weight in weights])
+    bare = [entry["model"] if isinstance(entry, dict) and "model" in entry else entry for entry in entries]
+    node["of"] = [_normal(entry, path, folder, depth - 1) for entry in bare]
+    options |= {key: node.pop(key) for key in list(node) if key not in OWN}
+    if "lambda" in options:
+        options["scale"] = options.pop("lambda")
+    return {**node, "options": options}
+
+
+def _weight(entry: Any) -> Any:
+    """mergekit's place for it."""
+    return (entry.get("parameters") or {}).get("weight") if isinstance(entry, dict) and "model" in entry else None

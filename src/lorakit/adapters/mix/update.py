@@ -1,0 +1,65 @@
+"""The algebra of one site's update s·B·A, in fp64 on r-wide matrices: joining, inner products, truncation. ΔW itself is not formed.
+
+    s·B·A = Q_B (s R_B R_Aᵀ) Q_Aᵀ        B = Q_B R_B,  Aᵀ = Q_A R_A
+
+Everything is two-dimensional: of a stack of experts each is a site by itself (parts.py).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakit.core.delta import Factors
+
+OVERSAMPLING, ROUNDS = 10, 2
+"""Of the range finder (arXiv:0909.4061): columns beyond the rank, and power iterations."""
+
+
+def joined(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Σ w s B A, exactly, as one pair with s = 1: [A₁; A₂; …] and [w₁s₁B₁, w₂s₂B₂, …]; no wider than the matrix itself."""
+    used = [(f, w) for f, w in zip(parts, weights, strict=True) if w != 0] or [(parts[0], 0.0)]
+    whole = Factors(torch.cat([f.A.double() for f, _ in used]), torch.cat([w * f.s * f.B.double() for f, w in used], 1), 1.0)
+    limit = min(whole.A.shape[1], len(whole.B))
+    return truncated(whole, limit)[0] if len(whole.A) > limit else whole
+
+
+def inner(one: Factors, other: Factors) -> float:
+    """⟨ΔW₁, ΔW₂⟩ = s₁ s₂ tr((B₁ᵀ B₂)(A₂ A₁ᵀ))."""
+    product = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)
+    return one.s * other.s * product.sum().item()
+
+
+def decomposed(f: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """U [d_out, k], σ [k], V [d_in, k] of s·B·A, k = min(r, d_out, d_in)."""
+    Q_B, R_B = torch.linalg.qr(f.B.double())
+    Q_A, R_A = torch.linalg.qr(f.A.double().T)
+    U, S, Vh = torch.linalg.svd(f.s * (R_B @ R_A.T), full_matrices=False)
+    return Q_B @ U, S, Q_A @ Vh.T
+
+
+def truncated(f: Factors, q: int) -> tuple[Factors, float]:
+    """The closest update of rank q (Eckart-Young), and the norm of what it leaves out, both sides sharing √σ."""
+    U, S, V = decomposed(f)
+    root = S[:q].sqrt()
+    return Factors(root[:, None] * V[:, :q].T, U[:, :q] * root, 1.0), S[q:].norm().item()
+
+
+def norm(f: Factors) -> float:
+    """‖s·B·A‖, Frobenius."""
+    return math.sqrt(max(0.0, inner(f, f)))
+
+
+def low_rank(W: Tensor, q: int, rng: torch.Generator) -> tuple[Factors, float]:
+    """An update of rank q close to W [d_out, d_in], and the norm of what it leaves out: a randomized range finder (arXiv:0909.4061,
+    algorithms 4.4 and 5.1). It leaves out nothing that counts where W has no more than q + 10 large singular values."""
+    columns = min(q + OVERSAMPLING, *W.shape)
+    Y = W @ torch.randn(W.shape[1], columns, generator=rng, dtype=W.dtype)
+    for _ in range(ROUNDS):
+        Y = W @ torch.linalg.qr(W.T @ torch.linalg.qr(Y).Q).Q
+    Q = torch.linalg.qr(Y).Q
+    inside = Q.T @ W
+    f, tail = truncated(Factors(inside, Q, 1.0), q)
+    rest = math.hypot(*((w - p @ inside).double().norm().item() for w, p in zip(W.split(1024), Q.split(1024), strict=True)))
+    return f, math.hypot(tail, rest)

@@ -1,0 +1,85 @@
+"""Trees of mixes from YAML, in our names and in mergekit's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.adapters.io import load_adapter, save_adapter
+from lorakit.adapters.mix import mix
+from lorakit.adapters.mix.recipe import made, read_recipe
+from lorakit.core.errors import BadParameter
+from tests.adapters.mix.values import adapter, close, pair, weight
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, name in enumerate("abc"):
+        save_adapter(adapter(pair(i)), tmp_path / "adapters" / name)
+    return tmp_path
+
+
+def run(folder: Path, text: str) -> torch.Tensor:
+    (folder / "recipe.yaml").write_text(text)
+    return weight(made(read_recipe(folder / "recipe.yaml"), load=load_adapter))
+
+
+def test_a_tree(folder: Path) -> None:
+    found = run(
+        folder,
+        """
+how: linear
+weights: [1.0, -0.5]
+of:
+  - adapters/a
+  - how: ties
+    density: 0.5
+    weights: [1, {q_proj: 2.0}]
+    of: [adapters/b, adapters/c]
+""",
+    )
+    inner = mix([adapter(pair(1)), adapter(pair(2))], "ties", density=0.5, weights=[1.0, 2.0])
+    assert close(found, weight(mix([adapter(pair(0)), inner], weights=[1.0, -0.5])), 1e-6)
+
+
+def test_mergekits_names(folder: Path) -> None:
+    found = run(
+        folder,
+        """
+merge_method: ties
+models:
+  - model: adapters/a
+    parameters: {weight: 0.7}
+  - model: adapters/b
+    parameters: {weight: 0.3}
+parameters: {density: 0.4, lambda: 0.5}
+""",
+    )
+    assert close(found, weight(mix([adapter(pair(0)), adapter(pair(1))], "ties", weights=[0.7, 0.3], density=0.4, scale=0.5)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("how: [", "is no YAML"),
+        ("how: ties", "a mix has no list `of`"),
+        ("of: [3]", "'3' is neither a folder nor a mix"),
+        ("- a", "is neither a folder nor a mix"),
+        ("of: [adapters/a]\nhow: tis", "no mixer is called 'tis'"),
+        ("of: [adapters/a]\ndensity: 2", "linear has no option 'density'"),
+        ("of: [adapters/a]\nseed: x", r"recipe.yaml: seed: Input should be a valid integer"),
+        ("of: [adapters/a, adapters/b]\nweights: [1]", "1 weights for 2 adapters"),
+        ("{of: [" * 20 + "a" + "]}" * 20, "nested more than 16 deep"),
+    ],
+)
+def test_what_is_wrong_is_named(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(BadParameter, match=message):
+        run(folder, text)
+
+
+def test_a_recipe_that_is_not_there_or_too_large(folder: Path) -> None:
+    with pytest.raises(BadParameter, match="there is no recipe"):
+        read_recipe(folder / "none.yaml")
+    (folder / "large.yaml").write_text("#" * (2**20 + 1))
+    with pytest.raises(BadParameter, match="a recipe has no more than"):
+        read_recipe(folder / "large.yaml")
