@@ -99,24 +99,6 @@ def test_the_bits_are_those_of_the_definition(p: float) -> None:
     assert mask_ops.keep_mask(torch.empty(7, 13), key(3, 4), torch.tensor(5), p).flatten().tolist() == kept
 
 
-@pytest.mark.parametrize("shape", [(7, 13), (2, 3, 40), (5,), (0, 4), ()])
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
-def test_a_compiler_sees_the_same_bits(shape: tuple[int, ...], p: float) -> None:
-    seen: list[str] = []
-
-    def names(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
-        seen.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    def keep(x: Tensor, key: Tensor, site: Tensor) -> Tensor:
-        return mask_ops.Mask(key, site, p).keep(x)
-
-    args = (torch.empty(shape), key(2**62 + 1, -3), torch.tensor(2**61 + 9))
-    torch._dynamo.reset()  # the shapes of other tests count as recompilations
-    assert torch.equal(torch.compile(keep, backend=names, fullgraph=True, dynamic=False)(*args), keep(*args))
-    assert seen and not any("keep_mask" in name for name in seen)
-
-
 def test_dropout_passes_gradients_through_its_mask() -> None:
     x = torch.randn(6, 8, requires_grad=True)
     y = random.dropout(x, key(), torch.tensor(1), 0.25)

@@ -39,8 +39,6 @@ class Mask(NamedTuple):
         """Which entries of x stay: bool, of x's shape."""
         if self.made is not None:
             return self.made
-        if torch.compiler.is_compiling() and x.device.type == "cpu":  # there one loop makes the mask and uses it
-            return _in_graph(x, self.key, self.site, self.p)
         return keep_mask(x, self.key, self.site, self.p)  # type: ignore[no-any-return]
 
     def made_for(self, x: Tensor) -> "Mask":
@@ -81,48 +79,6 @@ def keep_mask(like: Tensor, key: Tensor, site: Tensor, p: float) -> Tensor:
         return (draws >= threshold).view(like.shape)
     limits = threshold + ((hashed(number ^ _ROWS, rows, like.device) & 255) < fraction)
     return (draws >= limits.to(torch.uint8 if threshold < 255 else torch.int16)[:, None]).view(like.shape)
-
-
-@torch.library.custom_op("lorakit::numbered", mutates_args=())
-def numbered(key: Tensor, site: Tensor) -> Tensor:
-    """`mixed` of [seed, step] and a site's number, int64 []."""
-    seed, step = key.tolist()
-    return torch.tensor(mixed(seed, step, int(site)))
-
-
-@numbered.register_fake
-def _(key: Tensor, site: Tensor) -> Tensor:
-    return torch.empty_like(site)
-
-
-def _in_graph(like: Tensor, key: Tensor, site: Tensor, p: float) -> Tensor:
-    """`keep_mask` in operations that a compiler sees through."""
-    number = numbered(key, site)
-    threshold, fraction = steps(p) // 256, steps(p) % 256
-    width = like.shape[-1] if like.dim() else 1
-    rows = like.numel() // max(1, width)
-    draws = _words(number, -(-like.numel() // 8)).view(torch.uint8)[: like.numel()].view(rows, width)
-    if not fraction:
-        return (draws >= threshold).view(like.shape)
-    limits = threshold + ((_words(number ^ _ROWS, rows) & 255) < fraction)
-    return (draws >= limits[:, None]).view(like.shape)
-
-
-def _words(number: Tensor, n: int) -> Tensor:
-    """`hashed`."""
-    return _scrambled(torch.arange(1, n + 1, device=number.device) * _signed(_MIX) + number)
-
-
-def _scrambled(z: Tensor) -> Tensor:
-    """splitmix64's rounds."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return z ^ _shifted(z, 31)
-
-
-def _shifted(z: Tensor, shift: int) -> Tensor:
-    """z >> shift, zeros from the left."""
-    return (z >> shift) & (_WORD >> shift)
 
 
 @keep_mask.register_fake
