@@ -33,11 +33,14 @@ def calls(work: Callable[[], object]) -> int:
         nonlocal count
         count += event == "call"
 
+    running = gc.isenabled()
+    gc.disable()  # others' garbage has callbacks of its own
     sys.setprofile(seen)
     try:
         work()
     finally:
         sys.setprofile(None)
+        (gc.enable if running else gc.disable)()
     return count
 
 
