@@ -111,7 +111,7 @@ def test_all_stacks_train_on_the_same_tokens_and_end_near_each_other(tmp_path: P
         windows=len(bench.pack(samples, 512)),
         windows_a_step=1,
     )
-    names = ("lorakit bf16, eager", "lorakit bf16, eager, padded by length", "Trainer", "TRL", "TRL packed")
+    names = ("lorakit bf16, eager", "lorakit bf16, eager, 19 samples by length", "Trainer", "TRL", "TRL packed")
     found = {name: bench.one(bench.asdict(plan), name, 0) for name in names}
     trained = {run["trained"] for run in found.values()}
     assert trained == {sum(s.trained for s in samples)}
