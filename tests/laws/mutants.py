@@ -24,6 +24,7 @@ from lorakit.core.delta import Factors
 from lorakit.core.lowrank import LowRank, LowRankSpec
 from lorakit.core.unfreeze import Unfrozen
 from lorakit.methods.learning import dora, pissa
+from lorakit.methods.mixing import l_lora
 from lorakit.methods.rank_allocation import adalora, dylora
 from lorakit.ops import lora_linear, mask
 from lorakit.ops.mask import Mask
@@ -409,6 +410,14 @@ def _(m: pytest.MonkeyPatch) -> None:
     m.setattr(subject, "attach", attach_module.attach)
     original = random.generator
     m.setattr(random, "generator", lambda seed, name: one.setdefault(seed, original(seed, "")))
+
+
+@mutant("L12", "the start that tasks share ignores its seed", "l_lora", test_l12_l13_replay.check_L12)
+def _(m: pytest.MonkeyPatch) -> None:
+    def draw(self: Any, delta: Any, base: Any, site: Any, rng: torch.Generator) -> None:
+        self.start(delta, base, site, random.generator(0, site.name))
+
+    m.setattr(l_lora.Pinned, "__call__", draw)
 
 
 @mutant("L12", "torch's own dropout", "lora", test_l12_l13_replay.check_L12)

@@ -11,7 +11,8 @@ from tests.laws.subject import attached, base, batch, has_dropout, logits, provi
 
 
 def starts(name: str, *, seed: int = 0, sites: object = "all-linear") -> Adapted:
-    return attached(base(), small(name, sites=sites, dropout=0.25), seed=seed)
+    """A start that tasks share has a seed of its own."""
+    return attached(base(), small(name, sites=sites, dropout=0.25, start_seed=seed), seed=seed)
 
 
 def check_L12(name: str) -> None:

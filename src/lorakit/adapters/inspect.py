@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lorakit.adapters.diagnose.plot import canvas, layer_color, saved
+from lorakit.adapters.diagnose.spectrum import effective_rank
 from lorakit.core.adapter import Adapter
 from lorakit.core.delta import Delta, Factors
-from lorakit.core.errors import MissingExtra
 from lorakit.core.fingerprint import Fingerprint
 from lorakit.core.site import ROOT, Site
 
@@ -47,11 +48,7 @@ class SiteReport:
     @property
     def effective_rank(self) -> float:
         """exp of the entropy of the squared singular values' shares: how many directions matter; 0 for an update of zero."""
-        squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
-        if not squares.sum() > 0:
-            return 0.0
-        shares = squares[squares > 0] / squares.sum()
-        return math.exp(-(shares * shares.log()).sum().item())
+        return effective_rank(torch.tensor(self.singular_values, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -153,25 +150,14 @@ def _files(folder: str | Path | None) -> dict[str, int]:
 
 def spectrum_plot(report: Report, png: str | Path) -> Path:
     """Every site's singular values relative to its largest, colored by layer. Raises MissingExtra without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "plot") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = canvas(7, 4.5)
     axes = figure.subplots()
     layers = sorted({s.layer for s in report.sites if s.layer is not None})
     for s in report.sites:
         top = max(s.singular_values, default=0.0)
         if top > 0:
-            shade = layers.index(s.layer) / max(1, len(layers) - 1) if s.layer is not None else 0.0
             shares = [value / top for value in s.singular_values]
-            axes.plot(range(1, len(shares) + 1), shares, color=_color(shade), linewidth=1, alpha=0.7)
+            axes.plot(range(1, len(shares) + 1), shares, color=layer_color(s.layer, layers), linewidth=1, alpha=0.7)
     axes.set(xlabel="index", ylabel="σ / largest σ", ylim=(0, 1.05))
     axes.set_title(f"{report.recipe}: spectra of {len(report.sites)} updates, early layers dark")
-    figure.savefig(png, dpi=150, format="png")
-    return Path(png)
-
-
-def _color(shade: float) -> tuple[float, float, float]:
-    """Dark blue for the first layer, light for the last."""
-    return (0.1 + 0.5 * shade, 0.2 + 0.5 * shade, 0.5 + 0.4 * shade)
+    return saved(figure, png)

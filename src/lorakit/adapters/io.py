@@ -1,17 +1,17 @@
 """lorakit's own format, and the one door for loading either format.
 
-    adapter.safetensors   every tensor under its name, as in core/adapter.py; metadata {"format": "pt"}
+    adapter.safetensors   every tensor under its name, as in core/adapter.py, or all of them coded (sparse.py); metadata {"format": "pt"}
     adapter.json          format version, recipe, sites, meta (see record.py)
 
 Saving, loading and saving again gives the same bytes. A folder is replaced as a whole (see folder.py). Nothing here touches the network.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters import sparse
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.peft_config import CONFIG
 from lorakit.adapters.record import read_bounded, read_record, recipe_in, record_of, to_json
@@ -25,11 +25,15 @@ RECORD = "adapter.json"
 WEIGHTS = "adapter.safetensors"
 
 
-def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
-    """Write an adapter to a folder. Raises CheckpointError; a save that fails or is killed leaves the folder's last good adapter."""
+def save_adapter(adapter: Adapter, folder: str | Path, *, coded: bool = False) -> Path:
+    """Write an adapter to a folder. Raises CheckpointError; a save that fails or is killed leaves the folder's last good adapter.
+
+    `coded`: in as few bytes as sparse.py can, which pays where most values are zero (compress.py). What is read is the same, bit by bit.
+    """
     if locate(folder, CONFIG) is not None:
         raise CheckpointError(f"{folder} holds an adapter in PEFT's format; save to another folder")
-    return write_files(folder, {WEIGHTS: pack(adapter.tensors), RECORD: to_json(record_of(adapter))})
+    tensors = sparse.encode(adapter.tensors) if coded else adapter.tensors
+    return write_files(folder, {WEIGHTS: pack(tensors), RECORD: to_json(record_of(adapter))})
 
 
 def load_adapter(folder: str | Path, *, model: nn.Module | None = None, lazily: bool = False) -> Adapter:
@@ -48,7 +52,7 @@ def read_adapter(folder: str | Path, *, model: nn.Module | None = None, lazily: 
     """`load_adapter`, but for lorakit's own format without `check`: attaching checks the tensors against the deltas that take them."""
     folder = Path(folder)
     if locate(folder, RECORD) is not None:
-        return _own(folder, OnDisk if lazily else read)
+        return _own(folder, lazily)
     if locate(folder, CONFIG) is not None:
         from lorakit.adapters.peft_read import from_peft
 
@@ -94,11 +98,12 @@ def found_weights(path: Path | None, folder: Path, name: str) -> Path:
     return path
 
 
-def _own(folder: Path, opened: Callable[[Path], Mapping[str, Tensor]]) -> Adapter:
+def _own(folder: Path, lazily: bool) -> Adapter:
     path = locate(folder, RECORD)
     assert path is not None
     record = read_record(read_bounded(path), path)
-    tensors = opened(found_weights(locate(folder, WEIGHTS), folder, WEIGHTS))
+    weights = found_weights(locate(folder, WEIGHTS), folder, WEIGHTS)
+    tensors = sparse.decode(OnDisk(weights) if lazily else read(weights), weights, lazily=lazily)
     return Adapter(recipe_in(record, path), tuple(s.site() for s in record.sites), tensors, record.meta)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from lorakit.cli import at_rest, methods, mix, quickstart, train, use
+from lorakit.cli import at_rest, compress, diagnose, ensemble, library, methods, mix, quickstart, search, train, use
 from lorakit.core.errors import LorakitError
 
 app = typer.Typer(
@@ -23,12 +23,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+diagnoses = typer.Typer(help="Look into adapters at rest; each command has a picture (--png).", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(diagnoses, name="diagnose")
+libraries = typer.Typer(help="A folder of adapters that is searched by prompts.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(libraries, name="library")
 
 
-def command(name: str, function: Callable[..., Any], *, settings: dict[str, Any] | None = None) -> None:
+def command(name: str, function: Callable[..., Any], *, settings: dict[str, Any] | None = None, group: typer.Typer = app) -> None:
     """Register a command: LorakitError becomes one line on stderr and exit code 2, a traceback only under LORAKIT_DEBUG=1.
 
-    `settings` are click's context settings, for commands whose flags are not all in the signature.
+    `settings` are click's context settings, for commands whose flags are not all in the signature; `group` holds commands of two words.
     """
 
     @functools.wraps(function)
@@ -41,7 +45,7 @@ def command(name: str, function: Callable[..., Any], *, settings: dict[str, Any]
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             raise typer.Exit(2) from None
 
-    app.command(name, context_settings=settings)(reported)
+    group.command(name, context_settings=settings)(reported)
 
 
 command("quickstart", quickstart.quickstart)
@@ -52,8 +56,19 @@ command("chat", use.chat)
 command("inspect", at_rest.inspect)
 command("merge", use.merge)
 command("convert", at_rest.convert)
+command("compress", compress.compress)
 command("statistics", at_rest.statistics)
 command("mix", mix.mix, settings=mix.SETTINGS)
+command("mix-search", search.mix_search, settings=search.SETTINGS)
+command("distance", diagnose.distance)
+command("subspace", diagnose.subspace, group=diagnoses)
+command("amplification", diagnose.amplification, group=diagnoses)
+command("spectrum", diagnose.spectrum, group=diagnoses)
+command("ensemble", ensemble.ensemble)
+command("add", library.add, group=libraries)
+command("search", library.search, group=libraries)
+command("export", library.export, group=libraries)
+command("generate", library.generate, group=libraries)
 command("list", methods.list_)
 command("show", methods.show)
 command("new-method", methods.new_method)

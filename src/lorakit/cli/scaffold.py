@@ -32,6 +32,7 @@ HEADINGS = {
     "rank_allocation": Heading("3.2", "rank allocation"),
     "learning": Heading("3.3", "learning procedure"),
     "paradigms": Heading("3.4", "other learning paradigms"),
+    "mixing": Heading("4.2", "mixture with learned weights"),
     "experts": Heading("4.3", "mixture of LoRA experts"),
     "reduction": Heading("5.1", "parameter reduction"),
     "sharing": Heading("5.1.3", "parameter sharing"),

@@ -1,0 +1,119 @@
+"""`lorakit library`: a folder of adapters that is searched by prompts, and what they make together."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit.cli.use import Folder, Force, Model, Seed, Temperature, Tokens
+from lorakit.core.errors import BadParameter
+
+Where = Annotated[str, typer.Argument(help="the library's folder")]
+Sentences = Annotated[
+    str | None, typer.Option("--encoder", help="folder of a sentence encoder (INSTRUCTOR, …); default: the base's own hidden states")
+]
+K = Annotated[int, typer.Option("--k", min=1, help="adapters that are found, or that a token chooses (arrow)")]
+
+
+def add(
+    library: Where,
+    adapter: Folder,
+    data: Annotated[str, typer.Option("--data", help="as train_data: inputs of its training side are what the adapter is found by")],
+    name: Annotated[str | None, typer.Option("--name", help="in the library; default: the folder's own")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="how many inputs, spread over the data")] = 32,
+    model: Model = None,
+    encoder: Sentences = None,
+) -> None:
+    """Copy an adapter into a library (made if need be), with the mean vector of some inputs of its task."""
+    from lorakit.adapters.io import load_adapter
+    from lorakit.serve.library import add as run
+    from lorakit.serve.library import sample_inputs
+    from lorakit.serve.open import open_base, recorded
+    from lorakit.serve.shelf import encoder_for
+
+    base = model or recorded(adapter).get("model")
+    if not base:
+        raise BadParameter(f"the adapter {adapter} does not name its base; give it with --model")
+    opened = open_base(base)
+    found, texts = load_adapter(adapter, model=opened.model), sample_inputs(data, samples)
+    known = run(library, name or _name(adapter), found, texts, encoder_for(opened, encoder), model=base)
+    print(f"{known.names[-1]}: {known.entries[-1].samples} samples; the library {library} holds {len(known.names)} adapters")
+
+
+def search(
+    library: Where,
+    prompt: Annotated[str, typer.Option("--prompt")],
+    k: K = 3,
+    model: Model = None,
+    encoder: Sentences = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """The adapters whose tasks are nearest to a prompt, with the cosine of the vectors."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorakit.serve.shelf import open_shelf
+
+    shelf = open_shelf(library, model=model, encoder=encoder)
+    hits = shelf.library.search(shelf.query(prompt), k)
+    if as_json:
+        return print(json.dumps([hit._asdict() for hit in hits], indent=1))
+    table = Table("adapter", "similarity", box=None)
+    for hit in hits:
+        table.add_row(hit.name, f"{hit.similarity:.4f}")
+    Console(width=140).print(table)
+
+
+def export(
+    library: Where,
+    prompt: Annotated[str, typer.Option("--prompt")],
+    out: Annotated[str, typer.Option("--out", help="new folder")],
+    how: Annotated[str, typer.Option("--how", help="selection, mixture (exact) or fusion (inexact)")] = "mixture",
+    k: K = 3,
+    model: Model = None,
+    encoder: Sentences = None,
+) -> None:
+    """What a prompt finds, as one plain LoRA."""
+    from lorakit.adapters.io import save_adapter
+    from lorakit.serve.shelf import open_shelf
+
+    shelf = open_shelf(library, model=model, encoder=encoder)
+    names = [hit.name for hit in shelf.library.search(shelf.query(prompt), k)]
+    adapter = shelf.library.export(names, how)
+    save_adapter(adapter, out)
+    print(f"{how} of {', '.join(names[: len(adapter.meta['mix']['sources'])])}")
+    print("adapter:", out)
+
+
+def generate(
+    library: Where,
+    prompt: Annotated[str, typer.Option("--prompt")],
+    how: Annotated[
+        str, typer.Option("--how", help="selection, mixture, fusion: found once; token: weighted anew as it goes; arrow")
+    ] = "mixture",
+    k: K = 3,
+    refresh: Annotated[int, typer.Option("--refresh", min=1, help="token: tokens between new weights")] = 2,
+    tau: Annotated[float | None, typer.Option("--tau", help="temperature of the weights: of token 0.1, of arrow 1")] = None,
+    model: Model = None,
+    encoder: Sentences = None,
+    max_new_tokens: Tokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Continue a prompt with the adapters that suit it."""
+    from lorakit.serve.shelf import Choice, continued, open_shelf
+
+    shelf = open_shelf(library, model=model, encoder=encoder)
+    choice = Choice(how, k, refresh, tau, force)
+    for piece in continued(shelf, prompt, choice, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _name(adapter: str) -> str:
+    """The folder's own name; of a run, whose adapter is in `<run>/adapter`, the run's."""
+    path = Path(adapter).resolve()
+    return re.sub(r"[^A-Za-z0-9_-]", "-", path.parent.name if path.name == "adapter" else path.name)

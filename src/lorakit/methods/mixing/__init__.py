@@ -1,0 +1,1 @@
+"""Survey 4.2: mixture with learned weights."""

@@ -1,0 +1,92 @@
+"""`lorakit compress` as a user types it, and the other commands on what it wrote."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lorakit.adapters.io import load_adapter
+from lorakit.cli.main import app
+from lorakit.train.train import train
+from tests.laws.subject import same_bits
+from tests.train.runs import config
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("run")
+    settings = config(tmp, learning_rate=5e-2)
+    train(settings, quiet=True)
+    return Path(settings.output_dir) / "adapter"
+
+
+def run(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_compress_says_what_it_saved_and_cost(adapter: Path, tmp_path: Path) -> None:
+    before = (adapter / "adapter.safetensors").read_bytes()
+    text = run("compress", str(adapter), "--out", str(tmp_path / "small"))
+    figures = json.loads(run("compress", str(adapter), "--out", str(tmp_path / "small"), "--json"))
+    assert figures["file_bytes"] == (tmp_path / "small" / "adapter.safetensors").stat().st_size < figures["tensor_bytes"] / 4
+    assert f"{figures['tensor_bytes']:,} bytes of tensors, {figures['file_bytes']:,} bytes in the file" in text
+    assert f"{figures['kept']:,} of {figures['values']:,} values kept (" in text
+    assert f"{figures['bits']:.3f} bits a value (entropy {figures['entropy']:.3f})" in text
+    assert f"relative error of ΔW: {figures['error']:.3f}" in text
+    assert 0 < figures["error"] < 1
+    assert (adapter / "adapter.safetensors").read_bytes() == before
+
+
+def test_every_flag_arrives(adapter: Path, tmp_path: Path) -> None:
+    words = ["--density", "0.5", "--alpha", "2", "--scope", "adapter", "--keep", "mean"]
+    run("compress", str(adapter), "--out", str(tmp_path / "small"), *words)
+    made = json.loads((tmp_path / "small" / "adapter.json").read_text())["meta"]["compressed"]
+    assert made == {"density": 0.5, "alpha": 2.0, "scope": "adapter", "keep": "mean"}
+
+
+def test_the_other_commands_read_what_it_wrote(adapter: Path, tmp_path: Path) -> None:
+    small, plain = tmp_path / "small", tmp_path / "plain"
+    run("compress", str(adapter), "--out", str(small), "--density", "0.5", "--keep", "mean")
+    run("convert", str(small), "--to", "lorakit", "--out", str(plain))
+    data = str(adapter.parents[1] / "data.jsonl")
+    losses = [json.loads(run("eval", str(folder), "--data", data, "--json"))["loss"] for folder in (small, plain, adapter)]
+    assert losses[0] == losses[1] != losses[2]
+    assert "q_proj" in run("inspect", str(small))
+    assert "verified on" in run("merge", str(small), "--out", str(tmp_path / "merged"))
+    run("convert", str(small), "--out", str(tmp_path / "peft"))
+    assert run("generate", str(small), "--prompt", "line 1", "--max-new-tokens", "2")
+
+
+def test_a_peft_folder_is_compressed_too(adapter: Path, tmp_path: Path) -> None:
+    run("convert", str(adapter), "--out", str(tmp_path / "peft"))
+    for source, out in ((adapter, "a"), (tmp_path / "peft", "b")):
+        run("compress", str(source), "--out", str(tmp_path / out))
+    a, b = load_adapter(tmp_path / "a"), load_adapter(tmp_path / "b")
+    assert all(same_bits(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--density", "20"], "density=20.0; expected 0 < density <= 1"),
+        (["--density", "0.0001"], "keeps none of the"),
+        (["--scope", "site"], "scope='site'; expected adapter, factor, tensor"),
+        (["--keep", "sign"], "keep='sign'; expected"),
+        (["--alpha", "-1"], "alpha=-1.0; expected a positive factor"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(words: list[str], expected: str, adapter: Path, tmp_path: Path) -> None:
+    text = run("compress", str(adapter), "--out", str(tmp_path / "small"), *words, code=2)
+    assert expected in text
+    assert re.fullmatch("error: .*\n", text)
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_adapter_itself_is_never_overwritten(adapter: Path) -> None:
+    before = (adapter / "adapter.safetensors").read_bytes()
+    assert "is the adapter itself" in run("compress", str(adapter), "--out", f"{adapter}/../adapter", code=2)
+    assert (adapter / "adapter.safetensors").read_bytes() == before
