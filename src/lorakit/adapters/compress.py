@@ -34,8 +34,8 @@ from torch import Tensor
 
 from lorakit.adapters import sparse
 from lorakit.adapters.folder import locate
-from lorakit.adapters.inspect import singular_values
 from lorakit.adapters.io import WEIGHTS, found_weights
+from lorakit.adapters.update import norm
 from lorakit.adapters.weights import read
 from lorakit.core.adapter import POOL, Adapter
 from lorakit.core.delta import Delta, Factors
@@ -222,4 +222,4 @@ def _norms(old: Delta, new: Delta) -> tuple[float, float]:
     if f is None or g is None:
         return (old.weight().double() - new.weight().double()).norm().item(), old.weight().double().norm().item()
     A, B = torch.cat([f.A, g.A], -2), torch.cat([f.s * f.B.double(), -g.s * g.B.double()], -1)
-    return singular_values(Factors(A, B, 1.0)).norm().item(), singular_values(f).norm().item()
+    return norm(Factors(A, B, 1.0)), norm(f)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from lorakit.adapters.diagnose.plot import canvas, layer_color, saved
 from lorakit.adapters.diagnose.spectrum import effective_rank
+from lorakit.adapters.update import singular_values
 from lorakit.core.adapter import Adapter
-from lorakit.core.delta import Delta, Factors
+from lorakit.core.delta import Delta
 from lorakit.core.fingerprint import Fingerprint
 from lorakit.core.site import ROOT, Site
 
@@ -114,13 +114,6 @@ def inspect_adapter(adapter: Adapter, *, folder: str | Path | None = None) -> Re
         adapter.method().combine.full_rank(),
         {name: list(t.shape) for name, t in adapter.tensors.items() if name.startswith(f"{ROOT}.")},
     )
-
-
-def singular_values(f: Factors) -> Tensor:
-    """σ of s·B·A, largest first: [min(r, d_in, d_out)]; of a stack those of every expert, E times as many."""
-    left, right = torch.linalg.qr(f.B.double()).R, torch.linalg.qr(f.A.mT.double()).R
-    values: Tensor = torch.linalg.svdvals(left @ right.mT)
-    return abs(f.s) * values.flatten().sort(descending=True).values
 
 
 def _site(site: Site, delta: Delta) -> SiteReport:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.mix import mix
-from lorakit.adapters.mix.update import decomposed
+from lorakit.adapters.update import decomposed
 from lorakit.core.adapter import Adapter
 from lorakit.core.attach import Adapted
 from lorakit.core.context import Ctx

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from lorakit.adapters.bases import check_same_base
 from lorakit.adapters.folder import locate, write_files
 from lorakit.adapters.io import load_adapter, save_adapter
 from lorakit.adapters.mix import mix
@@ -37,7 +38,6 @@ from lorakit.adapters.record import read_bounded, to_json
 from lorakit.adapters.weights import pack, read
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import AdapterMismatch, BadParameter, CheckpointError, did_you_mean
-from lorakit.core.fingerprint import Fingerprint
 from lorakit.data.row import Row, Shape, shape_of
 from lorakit.data.source import load_rows
 from lorakit.serve.encoder import Encoder
@@ -231,10 +231,8 @@ def _check_new(library: Library, name: str, adapter: Adapter, encoder: Encoder) 
     if name in library.names:
         raise BadParameter(f"{library.folder} has an adapter {name!r} already; choose another name (--name)")
     _check_encoder(library, encoder)
-    first = library.adapter(library.names[0]).meta.get("base")
-    base = adapter.meta.get("base")
-    if first and base and Fingerprint(**first).matches(Fingerprint(**base)) is False:
-        raise AdapterMismatch(f"the adapters of {library.folder} are for {Fingerprint(**first)}, and {name!r} for {Fingerprint(**base)}")
+    first = library.names[0]
+    check_same_base({first: library.adapter(first).meta, name: adapter.meta})
 
 
 def _check_encoder(library: Library, encoder: Encoder) -> None:

@@ -164,7 +164,7 @@ def test_weights_trained_whole_are_refused() -> None:
         ({"weights": [1.0]}, "1 weights for 2 adapters; expected one each"),
         ({"weights": [1.0, math.inf]}, "weight inf is not a finite number"),
         ({"weights": [1.0, "a"]}, "weight 'a' is not a finite number"),
-        ({"space": "weights"}, "no space is called 'weights'. Known: core, delta, factor, factor:both, knots"),
+        ({"space": "weights"}, "no space is called 'weights'. Known: core, delta, factor, factor:both, factor:pem, knots"),
         ({"space": "delta+svd:0"}, r"expected \+svd:Q with a rank Q of at least 1, as in delta\+svd:16"),
     ],
 )
@@ -176,3 +176,8 @@ def test_what_was_typed_wrong(arguments: dict[str, object], message: str) -> Non
 def test_no_adapter_at_all() -> None:
     with pytest.raises(BadParameter, match="no adapter was given"):
         mix([])
+
+
+def test_adapters_that_change_nothing() -> None:
+    with pytest.raises(BadParameter, match="the adapters change no weight at any site"):
+        mix([adapter()])

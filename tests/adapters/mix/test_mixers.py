@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakit.adapters.mix import mix
 from lorakit.core.errors import BadParameter
-from tests.adapters.mix.values import adapter, close, dense, pair, stats_for, weight
+from tests.adapters.mix.values import adapter, close, dense, pair, stats_for, turned, weight
 
 SMALL = {"d_out": 6, "d_in": 5}
 """Two updates of rank 3 fill such a matrix, so that nothing is cut off."""
@@ -228,3 +228,22 @@ def test_factor_space_is_pefts_formula() -> None:
     A = sum(math.copysign(c, w) * f.A.double() for c, w, f in zip(roots, weights, some, strict=True))
     B = sum(c * f.B.double() for c, f in zip(roots, some, strict=True))
     assert close(weight(mix([adapter(f) for f in some], weights=weights, space="factor")), B @ A, 1e-5)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("space", ["factor", "factor:both", "factor:pem"])
+def test_factor_spaces_know_negative_scales(space: str) -> None:
+    f = pair(1, s=-2.0)
+    assert close(weight(mix([adapter(f)], weights=[1.0], space=space)), dense(f))
+
+
+def test_pems_addition_negation_and_analogy() -> None:
+    """⊖ turns B alone (arXiv:2306.14870); of one start, θ and ⊖θ cancel, and of another split of the same update they do not."""
+    task, lm, other = pair(1), pair(2), pair(3)
+    negated = mix([adapter(task)], weights=[-1.0], space="factor:pem")
+    assert close(weight(negated), -dense(task))
+    assert not weight(mix([adapter(task), adapter(task)], weights=[0.5, -0.5], space="factor:pem")).any()
+    assert weight(mix([adapter(task), adapter(turned(task))], weights=[0.5, -0.5], space="factor:pem")).norm() > 0.1
+    analogy = mix([adapter(f) for f in (task, lm, other)], weights=[0.6, 0.4, -0.4], space="factor:pem")
+    A = 0.6 * task.A + 0.4 * lm.A + 0.4 * other.A
+    B = 0.6 * task.B + 0.4 * lm.B - 0.4 * other.B
+    assert close(weight(analogy), 2.0 * B.double() @ A.double(), 1e-5)

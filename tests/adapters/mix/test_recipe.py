@@ -47,6 +47,8 @@ def test_mergekits_names(folder: Path) -> None:
         folder,
         """
 merge_method: ties
+base_model: some/base
+dtype: bfloat16
 models:
   - model: adapters/a
     parameters: {weight: 0.7}
@@ -69,6 +71,9 @@ parameters: {density: 0.4, lambda: 0.5}
         ("of: [adapters/a]\ndensity: 2", "linear has no option 'density'"),
         ("of: [adapters/a]\nseed: x", r"recipe.yaml: seed: Input should be a valid integer"),
         ("of: [adapters/a, adapters/b]\nweights: [1]", "1 weights for 2 adapters"),
+        ("of: [adapters/a]\nparameters: [1]", r"parameters are '\[1\]'; expected names and values"),
+        ("models: [{model: adapters/a, parameters: half}]", "parameters are 'half'; expected names and values"),
+        ("models: [{model: adapters/a, parameters: {density: 0.5}}]", "'density' of a single model .adapters/a. is not known here"),
         ("{of: [" * 20 + "a" + "]}" * 20, "nested more than 16 deep"),
     ],
 )

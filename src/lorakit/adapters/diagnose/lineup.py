@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from lorakit.adapters.bases import check_same_base
 from lorakit.adapters.diagnose.update import Update, together
 from lorakit.adapters.diagnose.updates import Updates
 from lorakit.adapters.pair import rows_of
 from lorakit.core.adapter import Adapter
 from lorakit.core.errors import AdapterMismatch
-from lorakit.core.fingerprint import Fingerprint
 from lorakit.core.site import Site, Where, among
 
 
@@ -45,7 +45,7 @@ def lineup(adapters: Mapping[str, Adapter], where: Where | None = None, *, force
     name but several shapes; NoSuchSite for a `where` that matches nothing.
     """
     if not force:
-        _refuse_other_bases(adapters)
+        check_same_base({name: adapter.meta for name, adapter in adapters.items()})
     every = list({site.name: site for adapter in adapters.values() for site in adapter.sites}.values())
     chosen = {site.name for site in (every if where is None else among(every, where))}
     wholes = {site.name for site in every if site.rows is None}
@@ -76,15 +76,6 @@ def _last_row(site: Site) -> int:
 def _shape(site: Site) -> str:
     shape = " × ".join(str(d) for d in (site.experts, site.d_out, site.d_in) if d is not None)
     return shape if site.rows is None else f"{shape} in rows {', '.join(f'{r.start} to {r.stop}' for r in site.rows[:3])}"
-
-
-def _refuse_other_bases(adapters: Mapping[str, Adapter]) -> None:
-    prints = {name: Fingerprint(**adapter.meta["base"]) for name, adapter in adapters.items() if adapter.meta.get("base")}
-    for (a, base_a), (b, base_b) in combinations(prints.items(), 2):
-        if base_a.matches(base_b) is False:
-            raise AdapterMismatch(
-                f"{a} was made for {base_a} and {b} for {base_b}: they change different weights; force=True (--force) compares them anyway"
-            )
 
 
 def _refuse_disjoint(adapters: Mapping[str, Adapter], places: Sequence[Place]) -> None:

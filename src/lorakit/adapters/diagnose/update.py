@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapters.mix.update import decomposed
+from lorakit.adapters.update import decomposed
 from lorakit.core.delta import Factors
 
 EXACT = torch.finfo(torch.float64).eps

@@ -11,8 +11,8 @@ from torch import Tensor
 from lorakit.adapters.mix.mixers import Parts, Rule, get_mixer
 from lorakit.adapters.mix.parts import Progress, Sources, each_matrix
 from lorakit.adapters.mix.spaces import Here, Space, space_of
-from lorakit.adapters.mix.update import norm
 from lorakit.adapters.plain import plain_lora
+from lorakit.adapters.update import norm
 from lorakit.core.adapter import Adapter
 from lorakit.core.delta import Factors
 from lorakit.core.errors import BadParameter

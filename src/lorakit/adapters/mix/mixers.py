@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lorakit.adapters.mix.keep import Keep, drop, everything, graded, trim
 from lorakit.adapters.mix.merge import Merge, Vote, elected, mean, total
-from lorakit.adapters.mix.update import inner, norm
+from lorakit.adapters.update import inner, norm
 from lorakit.core.delta import Factors
 from lorakit.core.errors import BadParameter, did_you_mean
 

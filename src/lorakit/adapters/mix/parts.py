@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from lorakit.adapters.bases import check_same_base
 from lorakit.core.adapter import Adapter
 from lorakit.core.delta import Factors
 from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable
-from lorakit.core.fingerprint import Fingerprint
 from lorakit.core.site import Site
 
 
@@ -25,9 +25,11 @@ class Sources:
         for i, adapter in enumerate(adapters):
             _check_form(adapter, i)
         if not force:
-            _check_bases(adapters)
+            check_same_base({f"adapter {i + 1}": adapter.meta for i, adapter in enumerate(adapters)})
             _check_common(adapters)
         self.sites = _union(adapters)
+        if not self.sites:
+            raise BadParameter("the adapters change no weight at any site: there is nothing to put together")
         self._deltas = [adapter.opened() for adapter in adapters]
         self._at: list[dict[str, Site]] = [{site.name: site for site in adapter.sites} for adapter in adapters]
 
@@ -68,15 +70,6 @@ def _check_form(adapter: Adapter, i: int) -> None:
         raise Incompatible(
             f"adapter {i + 1} also trained {len(whole)} parameters whole ({name}, …), which no mixer puts together; train without unfreeze"
         )
-
-
-def _check_bases(adapters: Sequence[Adapter]) -> None:
-    known = [(i, Fingerprint(**a.meta["base"])) for i, a in enumerate(adapters) if a.meta.get("base")]
-    for i, base in known[1:]:
-        if known[0][1].matches(base) is False:
-            raise AdapterMismatch(
-                f"adapter {known[0][0] + 1} was made for {known[0][1]} and adapter {i + 1} for {base}: what they change is not the same"
-            )
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:

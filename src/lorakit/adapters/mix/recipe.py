@@ -10,7 +10,8 @@
         of: [adapters/a, adapters/b]
 
 mergekit's names are read, too: `merge_method` for how, `models` for of, and in it {model: FOLDER, parameters: {weight: 0.7}}; options under
-`parameters` are those of the mixer, and `lambda` is `scale`.
+`parameters` are those of the mixer, and `lambda` is `scale`. `base_model` and `dtype` are passed over: adapters know their base, and what
+comes out is fp32.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Mix(BaseModel):
 
 
 OWN = ("of", "how", "weights", "space", "seed")
+PASSED = ("base_model", "dtype")
 
 
 def read_recipe(path: str | Path) -> Mix:
@@ -77,14 +79,16 @@ def _normal(node: Any, path: Path, folder: Path, depth: int) -> Any:
     if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
         raise BadParameter(f"{path}: {str(node)[:60]!r} is neither a folder nor a mix with `how` and `of`")
     node = dict(node)
-    options = dict(node.pop("parameters", {}) or {})
+    options = dict(_parameters(node, path))
+    for key in ("parameters", *PASSED):
+        node.pop(key, None)
     for theirs, ours in (("merge_method", "how"), ("models", "of")):
         if theirs in node:
             node[ours] = node.pop(theirs)
     entries = node.get("of")
     if not isinstance(entries, list):
         raise BadParameter(f"{path}: a mix has no list `of` of folders and mixes")
-    weights = [_weight(entry) for entry in entries]
+    weights = [_weight(entry, path) for entry in entries]
     if any(weight is not None for weight in weights):
         node.setdefault("weights", [1.0 if weight is None else weight for weight in weights])
     bare = [entry["model"] if isinstance(entry, dict) and "model" in entry else entry for entry in entries]
@@ -95,6 +99,21 @@ def _normal(node: Any, path: Path, folder: Path, depth: int) -> Any:
     return {**node, "options": options}
 
 
-def _weight(entry: Any) -> Any:
+def _weight(entry: Any, path: Path) -> Any:
     """mergekit's place for it."""
-    return (entry.get("parameters") or {}).get("weight") if isinstance(entry, dict) and "model" in entry else None
+    if not isinstance(entry, dict) or "model" not in entry:
+        return None
+    found = _parameters(entry, path)
+    if found.keys() - {"weight"}:
+        raise BadParameter(
+            f"{path}: {min(found.keys() - {'weight'})!r} of a single model ({str(entry['model'])[:60]}) is not known here; a mixer's options "
+            "are the same for all it puts together"
+        )
+    return found.get("weight")
+
+
+def _parameters(node: dict[str, Any], path: Path) -> dict[str, Any]:
+    found = node.get("parameters") or {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise BadParameter(f"{path}: parameters are {str(found)[:60]!r}; expected names and values, as in parameters: {{weight: 0.7}}")
+    return found

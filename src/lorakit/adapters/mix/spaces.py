@@ -4,11 +4,13 @@ delta         ΔW itself. Sums are exact at rank Σ r; what is put together entr
 core          Uᵀ ΔW V, in bases of all B and of all A: R × R, lossless, and the result keeps rank R (arXiv:2509.17786)
 knots         Uᵀ ΔW, in the left singular basis of [ΔW₁, ΔW₂, …]; the result keeps rank R (arXiv:2410.19735)
 factor        A and B apart, each times √|w s|: PEFT's `linear`, `ties`, `dare_*`, `magnitude_prune`
-factor:both   A and B apart, each times w √s: LoRAHub, PEM. One adapter with weight w comes out times w²
+factor:both   A and B apart, each times w √|s|: LoRAHub. One adapter with weight w comes out times w², and −1 changes nothing
+factor:pem    A times |w| √|s|, B times w √|s|: addition and negation of PEM (arXiv:2306.14870), where ⊖ turns B alone
 
-The last two make cross terms B_i A_j and are there to reproduce papers; everything else is a function of the ΔW alone. A singular vector's
-sign is arbitrary, but no mixer sees it: each commutes with turning the signs of a row or a column of all its matrices. Core takes balanced
-factors, √σ on both sides, so that it does not depend on how ΔW was split into A and B; the published code takes them as they were trained.
+The last three make cross terms B_i A_j and are there to reproduce papers; everything else is a function of the ΔW alone. The sign of a
+singular vector is arbitrary, but no mixer sees it: each commutes with turning the signs of a row or a column of all its matrices. Core
+takes balanced factors, √σ on both sides, so that it does not depend on how ΔW was split into A and B; the published code takes them as
+they were trained.
 """
 
 import math
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from lorakit.adapters.mix.keep import Draw, Rows
 from lorakit.adapters.mix.mixers import Rule
-from lorakit.adapters.mix.update import decomposed, joined, low_rank, truncated
+from lorakit.adapters.update import decomposed, joined, low_rank, truncated
 from lorakit.core.delta import Factors
 from lorakit.core.errors import BadParameter, Incompatible, did_you_mean
 from lorakit.core.random import generator, stream
@@ -86,12 +88,24 @@ def in_roots(here: Here, q: int | None) -> tuple[Factors, float]:
 
 
 def in_both(here: Here, q: int | None) -> tuple[Factors, float]:
-    sizes = [w * math.sqrt(f.s) for f, w in zip(here.parts, here.weights, strict=True)]
-    return _apart(here, sizes, sizes, q)
+    sizes = [w * math.sqrt(abs(f.s)) for f, w in zip(here.parts, here.weights, strict=True)]
+    return _apart(here, sizes, [math.copysign(size, size * f.s) for f, size in zip(here.parts, sizes, strict=True)], q)
+
+
+def in_pem(here: Here, q: int | None) -> tuple[Factors, float]:
+    sizes = [abs(w) * math.sqrt(abs(f.s)) for f, w in zip(here.parts, here.weights, strict=True)]
+    return _apart(here, sizes, [math.copysign(size, w * f.s) for f, w, size in zip(here.parts, here.weights, sizes, strict=True)], q)
 
 
 Space = Callable[[Here, int | None], tuple[Factors, float]]
-SPACES: dict[str, Space] = {"delta": in_delta, "core": in_core, "knots": in_knots, "factor": in_roots, "factor:both": in_both}
+SPACES: dict[str, Space] = {
+    "delta": in_delta,
+    "core": in_core,
+    "knots": in_knots,
+    "factor": in_roots,
+    "factor:both": in_both,
+    "factor:pem": in_pem,
+}
 
 
 def space_of(text: str) -> tuple[Space, int | None]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lorakit.adapters.mix.parts import Sources, each_matrix
-from lorakit.adapters.mix.update import inner
+from lorakit.adapters.update import inner
 from lorakit.core.adapter import Adapter
 from lorakit.train.weights.finder import finder
 from lorakit.train.weights.found import Found, Tried, best_of, mixed

@@ -131,8 +131,9 @@ def roots(w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def both(w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """w √s, twice."""
-    return w * s.sqrt(), w * s.sqrt()
+    """w √|s|, twice; the sign of s is B's."""
+    size = w * s.abs().sqrt()
+    return size, size * s.sign()
 
 
 class Summed(Weighed):

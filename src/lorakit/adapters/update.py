@@ -1,8 +1,8 @@
-"""The algebra of one site's update s·B·A, in fp64 on r-wide matrices: joining, inner products, truncation. ΔW itself is not formed.
+"""The algebra of a site's update s·B·A, in fp64 on r-wide matrices: sums, inner products, spectra, truncation. ΔW is not formed.
 
     s·B·A = Q_B (s R_B R_Aᵀ) Q_Aᵀ        B = Q_B R_B,  Aᵀ = Q_A R_A
 
-Everything is two-dimensional: of a stack of experts each is a site by itself (parts.py).
+Everything but `norm` and `singular_values` is two-dimensional: of a stack of experts each is a site by itself (mix/parts.py).
 """
 
 import math
@@ -47,8 +47,19 @@ def truncated(f: Factors, q: int) -> tuple[Factors, float]:
 
 
 def norm(f: Factors) -> float:
-    """‖s·B·A‖, Frobenius."""
-    return math.sqrt(max(0.0, inner(f, f)))
+    """‖s·B·A‖, Frobenius; of a stack that of all experts together. Exact to rounding also where B and A nearly cancel."""
+    return _core(f).norm().item()
+
+
+def singular_values(f: Factors) -> Tensor:
+    """σ of s·B·A, largest first: [min(r, d_in, d_out)]; of a stack those of every expert, E times as many."""
+    return torch.linalg.svdvals(_core(f)).flatten().sort(descending=True).values
+
+
+def _core(f: Factors) -> Tensor:
+    """s R_B R_Aᵀ."""
+    left, right = (torch.linalg.qr(M.double(), mode="r").R for M in (f.B, f.A.mT))
+    return f.s * (left @ right.mT)
 
 
 def low_rank(W: Tensor, q: int, rng: torch.Generator) -> tuple[Factors, float]:
