@@ -70,6 +70,7 @@ def statistics(
     out: Annotated[str, typer.Option("--out", help="new file, .safetensors")],
     kind: Annotated[str, typer.Option("--kind", help="gram (for mix --how regmean) or fisher")] = "gram",
     model: Model = None,
+    whole: Annotated[bool, typer.Option("--whole", help="use all rows of the source")] = False,
     max_samples: Annotated[int | None, typer.Option("--max-samples", min=1)] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="default: that of the training")] = None,
 ) -> None:
@@ -77,5 +78,5 @@ def statistics(
     from lorakit.serve.open import open_adapter
     from lorakit.serve.statistics import collect, save_statistics
 
-    found = collect(open_adapter(adapter, model=model), data, kind, limit=max_samples, max_length=max_length)
+    found = collect(open_adapter(adapter, model=model), data, kind, whole=whole, limit=max_samples, max_length=max_length)
     print(f"{kind} of {len(found)} sites:", save_statistics(found, out))

@@ -23,8 +23,13 @@ from lorakit.train.metrics import forward_loss
 KINDS = ("gram", "fisher")
 
 
-def collect(opened: Opened, data: str, kind: str, *, limit: int | None = None, max_length: int | None = None) -> dict[str, Tensor]:
-    """The statistics of an opened adapter on the validation side of `data`, by site name. Raises BadParameter, DataError."""
+def collect(
+    opened: Opened, data: str, kind: str, *, whole: bool = False, limit: int | None = None, max_length: int | None = None
+) -> dict[str, Tensor]:
+    """The statistics of an opened adapter on the validation side of `data` (all of it with `whole`), by site name.
+
+    `limit` counts rows. Raises BadParameter, DataError.
+    """
     if kind not in KINDS:
         raise BadParameter(f"there is no statistic {kind!r}; expected {' or '.join(KINDS)}")
     if opened.adapted is None:
@@ -33,7 +38,7 @@ def collect(opened: Opened, data: str, kind: str, *, limit: int | None = None, m
     odd = [site.name for site in adapter.sites if site.kind != "linear"]
     if odd:
         raise Incompatible(f"{kind} is known for linear layers; {len(odd)} sites are others ({odd[0]}, …)")
-    side = prepared(opened, data, limit=limit, max_length=max_length).valid
+    side = prepared(opened, data, whole=whole, limit=limit, max_length=max_length).valid
     size = 8 if kind == "gram" else 1  # a row's gradient is squared by itself
     batches = [side.collate(side.items[i : i + size]) for i in range(0, len(side.items), size)]
     return (_gram if kind == "gram" else _fisher)(opened.model, adapter.sites, batches)

@@ -106,8 +106,8 @@ def _weight(entry: Any, path: Path) -> Any:
     found = _parameters(entry, path)
     if found.keys() - {"weight"}:
         raise BadParameter(
-            f"{path}: {min(found.keys() - {'weight'})!r} of a single model ({str(entry['model'])[:60]}) is not known here; the options of a "
-            "mixer are the same for all that it puts together"
+            f"{path}: {min(found.keys() - {'weight'})!r} of a single model ({str(entry['model'])[:60]}) is not known here; a mixer has the "
+            "same options for all that it puts together"
         )
     return found.get("weight")
 
