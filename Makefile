@@ -17,7 +17,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytes
 PROCESSES ?= 2
 THREADS ?= 1# tiny tensors: more threads only wait for each other
 NEEDS = pyproject.toml constraints.txt
-BENCHMARKS = train_step end_to_end adapter_io
+BENCHMARKS = train_step end_to_end adapter_io mixing mixing_scale
 
 .PHONY: demo test slow check bench bench-smoke clean
 .DELETE_ON_ERROR:

@@ -6,16 +6,18 @@ Tasks are the eight built-in ones (code of a package that the bundled base never
 answered in capitals and in small letters. A group is some tasks whose adapters are mixed; which two and four differs from seed to seed.
 
     loss / own     the held-out loss of a mixed task, over that of its own adapter; the mean over the group's tasks
-    kept           (base − mixed) / (base − own) of these losses: 1 is as good as every own adapter, 0 no better than the base
+    kept           Σ (base − mixed) / Σ (base − own) of these losses: 1 is as good as the own adapters, 0 no better than the base
     unseen         the same of those of the eight tasks that are not in the group
-    at λ           the mixed update times λ, the best of LAMBDAS by the loss on training data of the group's tasks
+    at λ           the mixed update times λ, the best of LAMBDAS by the loss on other held-out data of the group's tasks
 
 Every mixer has its own defaults, and its own weights: 1/N, or 1 where it takes a mean or has a scale. PEFT's get the weights and the
-density of ours. What PEFT makes is read out and judged by the same function. Adapters have starts of their own, as adapters of different
-makers have. Figures are medians over the seeds, with their range. `seconds` is mixing alone; `MB` are fp32.
+density of ours, and so do those of mergekit, which takes part where it is installed. What peers make is read out and judged by the same
+function. Adapters have starts of their own, as adapters of different makers have. Figures are medians over the seeds, with their range.
+`CPU s` is mixing alone, all threads together (mergekit's with reading and writing whole models); `MB` are fp32.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -24,10 +26,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import harness
@@ -47,11 +51,11 @@ from lorakit.serve.statistics import collect, load_statistics, save_statistics
 from lorakit.train.config import BUNDLED, make_config
 from lorakit.train.dataset import Rows, Side, prepare
 from lorakit.train.evaluate import evaluate
-from lorakit.train.source_model import load_model, load_tokenizer
+from lorakit.train.source_model import bundled_base, load_model, load_tokenizer
 from lorakit.train.train import train
 
 OPPOSED: Mapping[str, Callable[[str], str]] = {"capitals": str.upper, "small letters": str.lower}
-LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+LAMBDAS = (0.5, 1.0, 2.0)
 Stats = Mapping[str, Tensor]
 
 
@@ -82,7 +86,7 @@ class Made:
 
 def made(task: str, seed: int, args: argparse.Namespace) -> Made:
     """The adapter of a task, trained if the folder lacks it. Its start and its order are its own."""
-    folder = Path(args.adapters) / f"{task.replace(' ', '-')}-{seed}"
+    folder = Path(args.adapters) / f"{task.replace(' ', '-')}-{seed}-r{args.rank}-{args.steps}-steps"
     found = Made(folder)
     if (folder / "done").exists():
         return found
@@ -93,9 +97,12 @@ def made(task: str, seed: int, args: argparse.Namespace) -> Made:
     number = [*TASKS, *OPPOSED].index(task)
     data = {"train_data": str(folder / "train.jsonl"), "eval_data": str(folder / "valid.jsonl"), "max_eval_samples": 4}
     settings = {"r": args.rank, "alpha": 2.0 * args.rank, "seed": 100 * seed + number, "max_steps": args.steps, "learning_rate": 1e-3}
-    train(make_config({**data, **settings, "dtype": "bfloat16", "save_steps": 0, "output_dir": str(folder / "run")}), quiet=True)
+    train(
+        make_config({**data, **settings, "dtype": "bfloat16", "torch_compile": False, "save_steps": 0, "output_dir": str(folder / "run")}),
+        quiet=True,
+    )
     opened = open_adapter(folder / "run" / "adapter")
-    for kind, files in (("gram", 12), ("fisher", 4)):
+    for kind, files in (("gram", 6), ("fisher", 3)):
         limit = files if task in TASKS else 16 * files
         save_statistics(collect(opened, str(folder / "train.jsonl"), kind, whole=True, limit=limit), folder / f"{kind}.safetensors")
     (folder / "done").touch()
@@ -103,30 +110,30 @@ def made(task: str, seed: int, args: argparse.Namespace) -> Made:
 
 
 class Judge:
-    """The base, and some windows of every task: held-out ones, and of its training data for the choice of λ."""
+    """The base, and some held-out windows of every task: for the figures, and others for the choice of λ."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.model, tokenizer = load_model(BUNDLED, dtype="bfloat16"), load_tokenizer(BUNDLED)
-        self.sides: dict[tuple[str, Split], Side] = {}
+        self.sides: dict[tuple[str, bool], Side] = {}
         for task in (*args.tasks, *OPPOSED):
-            for split, windows in (("valid", args.windows), ("train", args.tuning_windows)):
-                rows = rows_of(task, split)  # type: ignore[arg-type]
-                side = prepare(Rows(rows, rows), make_config({}), tokenizer, packing=True).valid
-                step = max(1, len(side.items) // windows)
-                self.sides[task, split] = replace(side, items=side.items[::step][:windows])  # type: ignore[index]
+            rows = rows_of(task, "valid")
+            side = prepare(Rows(rows, rows), make_config({}), tokenizer, packing=True).valid
+            for tuning, n in ((False, args.windows), (True, args.tuning_windows)):
+                windows = side.items[tuning::2]
+                self.sides[task, tuning] = replace(side, items=windows[:: max(1, len(windows) // n)][:n])
 
-    def losses(self, adapter: Adapter | None, tasks: Sequence[str], split: Split = "valid") -> dict[str, float]:
+    def losses(self, adapter: Adapter | None, tasks: Sequence[str], *, tuning: bool = False) -> dict[str, float]:
         """By task, in nats a token."""
         if adapter is None:
-            return {task: self._loss(task, split) for task in tasks}
+            return {task: self._loss(task, tuning) for task in tasks}
         adapted = attach_adapter(self.model, adapter)
         try:
-            return {task: self._loss(task, split) for task in tasks}
+            return {task: self._loss(task, tuning) for task in tasks}
         finally:
             adapted.detach()
 
-    def _loss(self, task: str, split: Split) -> float:
-        return evaluate(self.model, self.sides[task, split], batch_size=4)["loss"]
+    def _loss(self, task: str, tuning: bool) -> float:
+        return evaluate(self.model, self.sides[task, tuning], batch_size=4)["loss"]
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
@@ -206,11 +213,10 @@ class Peft:
     def ways(self) -> Iterator[Way]:
         """All of them."""
         for how in PEFTS:
-            yield Way(
-                "PEFT", how, "ΔW" if how == "cat" or how.endswith("svd") else "A and B", lambda group, how=how: self._mixed(group, how)
-            )  # type: ignore[misc]
+            space = "ΔW" if how == "cat" or how.endswith("svd") else "A and B"
+            yield Way("PEFT", how, space, partial(self._mixed, how))
 
-    def _mixed(self, group: Group, how: str) -> Adapter:
+    def _mixed(self, how: str, group: Group) -> Adapter:
         torch.manual_seed(group.seed)
         n = len(self.names)
         weights = [1.0 if "ties" in how else 1 / n] * n
@@ -227,6 +233,63 @@ class Peft:
                 yield path.removeprefix("base_model.model."), (A, B, float(module.scaling[name]))
 
 
+MERGEKITS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "slerp")
+
+
+class Mergekit:
+    """The group's adapters in mergekit's hands, where it is installed: each merged into the base, and whole models mixed."""
+
+    def __init__(self, group: Group, folder: Path) -> None:
+        self.base, self.folder = str(bundled_base()), folder
+        self.places = [self._merged(adapter, folder / f"m{i}") for i, adapter in enumerate(group.adapters)]
+
+    def ways(self) -> Iterator[Way]:
+        """All of them; slerp knows two models."""
+        for how in MERGEKITS:
+            if how != "slerp" or len(self.places) == 2:
+                yield Way("mergekit", how, "W", partial(self._mixed, how))
+
+    def _merged(self, adapter: Adapter, folder: Path) -> str:
+        attach_adapter(load_model(BUNDLED), adapter).merge_and_unload().save_pretrained(folder)  # type: ignore[operator]
+        return str(folder)
+
+    def _mixed(self, how: str, group: Group) -> Adapter:
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+
+        ours = "svd" if how == "slerp" else how
+        weight = 1.0 if MIXERS[ours].unit else 1 / len(self.places)
+        parameters: dict[str, Any] = {"weight": weight} | ({"density": DENSITY} if "density" in MIXERS[ours].options else {})
+        config: dict[str, Any] = {"merge_method": how, "dtype": "float32", "base_model": self.base}
+        if how == "linear":
+            del config["base_model"]
+        if how == "slerp":
+            config |= {"base_model": self.places[0], "models": [{"model": place} for place in self.places], "parameters": {"t": 0.5}}
+        else:
+            config["models"] = [{"model": place, "parameters": parameters} for place in self.places]
+        if how == "task_arithmetic":
+            config["parameters"] = {"lambda": MIXERS[how].options["scale"]}
+        out = self.folder / how
+        options = MergeOptions(random_seed=group.seed, copy_tokenizer=False, write_model_card=False, quiet=True)
+        run_merge(MergeConfiguration.model_validate(config), str(out), options)
+        before, after = (read_weights(Path(place)) for place in (self.base, str(out)))
+        sites = group.adapters[0].sites
+        changes = {site.name: after[f"{site.name}.weight"].float() - before[f"{site.name}.weight"].float() for site in sites}
+        return plain_lora(sites, {name: as_factors(change) for name, change in changes.items()}, group.adapters[0].meta)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model's folder."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def as_factors(W: Tensor) -> Factors:
+    """A change of no low rank, exactly."""
+    wide = W.shape[1] >= W.shape[0]
+    return Factors(W, torch.eye(len(W)), 1.0) if wide else Factors(torch.eye(W.shape[1]), W, 1.0)
+
+
 # -------------------------------------------------------------------------------------------------------------------- one mixture
 @dataclass(frozen=True)
 class Known:
@@ -236,29 +299,28 @@ class Known:
     own: Mapping[str, float]
 
     def kept(self, losses: Mapping[str, float], tasks: Sequence[str]) -> float | None:
-        """The mean share of the own adapters' gain."""
-        shares = [(self.base[task] - losses[task]) / (self.base[task] - self.own[task]) for task in tasks]
-        return statistics.mean(shares) if shares else None
+        """The share of the own adapters' gain."""
+        gains, own = (sum(self.base[task] - found[task] for task in tasks) for found in (losses, self.own))
+        return gains / own if tasks else None
 
 
 def judged(way: Way, group: Group, judge: Judge, known: Known) -> dict[str, Any]:
     """One mixture's figures."""
-    began = time.perf_counter()
+    began = time.process_time()
     mixed = way.mix(group)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     unseen = [task for task in known.own if task not in (*group.tasks, *OPPOSED)] if group.tasks != tuple(OPPOSED) else []
     plain = judge.losses(mixed, (*group.tasks, *unseen))
-    tried = {factor: _mean(judge.losses(scaled(mixed, factor), group.tasks, "train")) for factor in LAMBDAS}
+    tried = {factor: _mean(judge.losses(scaled(mixed, factor), group.tasks, tuning=True)) for factor in LAMBDAS}
     best = min(tried, key=tried.__getitem__)
-    tuned = plain if best == 1 else judge.losses(scaled(mixed, best), (*group.tasks, *unseen))
+    tuned = plain if best == 1 else judge.losses(scaled(mixed, best), group.tasks)
     return {
         "loss / own": statistics.mean(plain[task] / known.own[task] for task in group.tasks),
         "kept": known.kept(plain, group.tasks),
         "unseen": known.kept(plain, unseen),
         "λ": best,
         "kept at λ": known.kept(tuned, group.tasks),
-        "unseen at λ": known.kept(tuned, unseen),
-        "seconds": seconds,
+        "CPU s": seconds,
         "rank": max(len(f.A) for f in mixed.factors().values()),
         "MB": sum(t.nbytes for t in mixed.tensors.values()) / 1e6,
         "cut off": mixed.meta.get("mix", {}).get("lost", {}).get("total"),
@@ -271,6 +333,11 @@ def _mean(losses: Mapping[str, float]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------------- all of them
+def peers() -> list[type[Peft] | type[Mergekit]]:
+    """Those that are installed."""
+    return [Peft, *([Mergekit] if importlib.util.find_spec("mergekit") else [])]
+
+
 def groups(seed: int, args: argparse.Namespace) -> Iterator[Group]:
     """Two, four and eight of the tasks, and the two that are opposed."""
     shuffled = random.Random(seed).sample(args.tasks, len(args.tasks))
@@ -280,29 +347,40 @@ def groups(seed: int, args: argparse.Namespace) -> Iterator[Group]:
         yield Group(name, seed, tasks, [one.adapter for one in some], some)
 
 
-def of_seed(seed: int, judge: Judge, args: argparse.Namespace) -> Iterator[tuple[tuple[str, str, str, str], dict[str, Any]]]:
-    """((group, by, how, space), figures) of all mixtures of a seed."""
+Key = tuple[str, str, str, str]
+"""(group, by, how, space)."""
+
+
+def of_seed(seed: int, judge: Judge, args: argparse.Namespace) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """All mixtures of a seed, with their figures; those that the folder has from an earlier run are taken from it."""
     every = (*args.tasks, *OPPOSED)
     known = Known(judge.losses(None, every), {task: judge.losses(made(task, seed, args).adapter, [task])[task] for task in every})
     print(f"seed {seed}: base {dict(known.base)}, own {dict(known.own)}", flush=True)
+    kept = Path(args.adapters) / f"found-{seed}-r{args.rank}-{args.steps}-steps-{args.windows}-{args.tuning_windows}.jsonl"
+    earlier = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
+    before: dict[Key, dict[str, Any]] = {tuple(key): found for key, found in earlier}
     for group in groups(seed, args):
         with tempfile.TemporaryDirectory() as folder:
-            for way in [*our_ways(group), *Peft(group, Path(folder)).ways()][:: args.every]:
-                found = judged(way, group, judge, known)
-                print(f"seed {seed}, {group.name}, {way.by} {way.how} in {way.space}: {_brief(found)}", flush=True)
-                yield (group.name, way.by, way.how, way.space), found
+            for way in [*our_ways(group), *(way for who in peers() for way in who(group, Path(folder)).ways())][:: args.every]:
+                key = (group.name, way.by, way.how, way.space)
+                if key not in before:
+                    before[key] = judged(way, group, judge, known)
+                    print(f"seed {seed}, {group.name}, {way.by} {way.how} in {way.space}: {_brief(before[key])}", flush=True)
+                    with kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([key, before[key]]) + "\n")
+                yield key, before[key]
 
 
 def _brief(found: Mapping[str, Any]) -> str:
-    shown = ("kept", "kept at λ", "unseen", "seconds")
+    shown = ("kept", "kept at λ", "unseen", "CPU s")
     return ", ".join(f"{key} {found[key]:.3f}" for key in shown if found[key] is not None)
 
 
-RATIOS = ("loss / own", "kept", "unseen", "kept at λ", "unseen at λ")
-MEDIANS = ("λ", "seconds", "rank", "MB", "cut off")
+RATIOS = ("loss / own", "kept", "unseen", "kept at λ")
+MEDIANS = ("λ", "CPU s", "rank", "MB", "cut off")
 
 
-def summarized(key: tuple[str, str, str, str], runs: Sequence[Mapping[str, Any]]) -> Row:
+def summarized(key: Key, runs: Sequence[Mapping[str, Any]]) -> Row:
     """One row over the seeds."""
     row: dict[str, Any] = dict(zip(("tasks", "by", "mixer", "space"), key, strict=True))
     for name in RATIOS:
@@ -344,12 +422,12 @@ def plot(rows: Sequence[Row], png: Path) -> None:
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         some = sorted((row for row in rows if row["tasks"] == name), key=lambda row: row["kept at λ"][0])
         for y, row in enumerate(some):
-            color = "C0" if row["by"] == "lorakit" else "C1"
+            color = {"lorakit": "C0", "PEFT": "C1"}.get(row["by"], "C2")
             middle, low, high = row["kept at λ"]
             axes.plot([low, high], [y, y], color=color, linewidth=1)
             axes.plot(middle, y, "o", color=color, markersize=5)
             axes.plot(row["kept"][0], y, "o", color=color, markersize=5, fillstyle="none")
-        labels = [f"{row['mixer']}, {row['space']}" if row["by"] == "lorakit" else f"PEFT {row['mixer']}" for row in some]
+        labels = [f"{row['mixer']}, {row['space']}" if row["by"] == "lorakit" else f"{row['by']} {row['mixer']}" for row in some]
         axes.set_yticks(range(len(some)), labels, fontsize=7)
         axes.axvline(0, color="gray", linewidth=0.8)
         axes.set_xlim(-0.5, 1.1)
@@ -366,16 +444,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--counts", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
     parser.add_argument("--steps", type=int, default=60, help="of training, of 8 windows of 512 tokens")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=6, help="held-out ones of each task")
-    parser.add_argument("--tuning-windows", type=int, default=1, help="of training data of each task, for λ")
+    parser.add_argument("--windows", type=int, default=4, help="held-out ones of each task")
+    parser.add_argument("--tuning-windows", type=int, default=2, help="other held-out ones of each task, for λ")
+    parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], help="only these; by default 0 to --rounds")
     parser.add_argument("--every", type=int, default=1, help="only each n-th way of mixing")
     args = parser.parse_args(argv)
     whole = harness.is_default(parser, argparse.Namespace(**{**vars(args), "adapters": parser.get_default("adapters")}))
     warnings.simplefilter("ignore")  # PEFT's, of every second adapter
     if args.smoke:
+        args.adapters = tempfile.mkdtemp(prefix="lorakit-mixing-smoke-")
         args.tasks, args.counts, args.steps, args.rank, args.windows, args.rounds, args.every = TASKS[:3], [2], 1, 2, 1, 1, 9
-    judge, runs = Judge(args), dict[tuple[str, str, str, str], list[dict[str, Any]]]()
-    for seed in range(args.rounds):
+    judge, runs = Judge(args), dict[Key, list[dict[str, Any]]]()
+    for seed in args.seeds or range(args.rounds):
         for key, found in of_seed(seed, judge, args):
             runs.setdefault(key, []).append(found)
     rows = [summarized(key, some) for key, some in runs.items()]

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 import lorakit
 from lorakit.adapters import sparse
-from lorakit.adapters.compress import META, compress, entropy, largest, relative_error, report, trained
+from lorakit.adapters.compress import META, compress, compressed, entropy, largest, relative_error, report, trained
 from lorakit.adapters.convert import convert
+from lorakit.adapters.diagnose.distance import distance
+from lorakit.adapters.digest import digest
+from lorakit.adapters.drop import without_first
 from lorakit.adapters.inspect import inspect_adapter
 from lorakit.adapters.io import load_adapter, save_adapter
 from lorakit.adapters.mix import mix
@@ -35,7 +38,7 @@ def made(*, d: int = 40, r: int = 3, sites: int = 2, small: float = 1.0, dtype: 
         tensors[f"{site.name}.A"] = torch.randn(r, d, generator=rng, dtype=torch.float64).to(dtype)
         tensors[f"{site.name}.B"] = small * torch.randn(d + 8, r, generator=rng, dtype=torch.float64).to(dtype)
     recipe = get_method("lora", r=r, sites=["q_proj"]).recipe
-    return Adapter(recipe, where, tensors, {"metrics": {"loss": 1.5}})
+    return Adapter(recipe, where, tensors, {"metrics": {"loss": 1.5}, "task": "causal-lm"})
 
 
 def flat(adapter: Adapter) -> torch.Tensor:
@@ -159,8 +162,52 @@ def test_nothing_given_is_changed():
     before = {k: t.clone() for k, t in adapter.tensors.items()}
     result = compress(adapter, density=0.1, alpha=2.0, scope="factor", keep="mean")
     assert all(same_bits(adapter.tensors[k], before[k]) for k in before)
-    assert adapter.meta == {"metrics": {"loss": 1.5}}
-    assert result.meta == adapter.meta | {META: {"density": 0.1, "alpha": 2.0, "scope": "factor", "keep": "mean"}}
+    assert adapter.meta == {"metrics": {"loss": 1.5}, "task": "causal-lm"}
+    how = {"density": 0.1, "alpha": 2.0, "scope": "factor", "keep": "mean"}
+    assert result.meta == {"task": "causal-lm", META: how | {"sha256": digest(result.tensors)}}  # the loss was another adapter's
+    assert compressed(result) == how
+    assert compressed(adapter) is None
+
+
+def test_what_became_of_a_compressed_adapter_is_not_called_compressed(tmp_path):
+    """Its meta goes with it, so that meta alone proves nothing."""
+    model = tiny_model("llama")
+    small = compress(shaken(model, "lora", r=2, sites=["q_proj"]).state(), keep="mean")
+    save_adapter(small, tmp_path / "small", coded=True)
+    how = {"density": 0.2, "alpha": 1.0, "scope": "factor", "keep": "mean"}
+    assert compressed(load_adapter(tmp_path / "small")) == compressed(load_adapter(tmp_path / "small", lazily=True)) == how
+    adapted = lorakit.load(tiny_model("llama"), tmp_path / "small")
+    assert compressed(adapted.state()) == how
+    with torch.no_grad():
+        next(iter(adapted.params())).tensor[0, 0].add_(1e-3)
+    assert adapted.state().meta[META]["keep"] == "mean"
+    assert compressed(adapted.state()) is None
+    assert compressed(without_first(small, 1)) is None
+    assert compressed(compress(small, density=0.1)) == how | {"density": 0.1, "keep": "ternary"}
+    for some in ([small], [small, small]):
+        mixture = mix(some)
+        assert compressed(mixture) is None
+        assert META not in mixture.meta
+    for odd in ("yes", None, {}, {"sha256": 3}, [1]):
+        assert compressed(dataclasses.replace(small, meta={META: odd})) is None
+
+
+def test_a_mixture_has_no_metrics_of_its_ingredients():
+    assert mix([made()], weights=[2.0]).meta.keys() == {"task", "mix"}
+
+
+def test_a_site_without_rank_has_nothing_to_compress():
+    """EVA may leave none."""
+    state = dataclasses.replace(made(), recipe=get_method("eva", r=3, sites=["q_proj"]).recipe)
+    none = state.sites[0].name
+    tensors = state.tensors | {f"{none}.A": torch.zeros(0, 40), f"{none}.B": torch.zeros(48, 0)}
+    state = dataclasses.replace(state, tensors=tensors)
+    small = compress(state, scope="tensor", density=0.5)
+    assert {k.rpartition(".")[0] for k in trained(state)} == {site.name for site in state.sites[1:]}
+    assert small.tensors[f"{none}.B"].shape[1] == 0
+    assert 0 < relative_error(state, small) < 1.5
+    with pytest.raises(lorakit.NotExportable, match="eva has nothing to compress"):
+        compress(dataclasses.replace(state, sites=state.sites[:1], tensors={k: t for k, t in tensors.items() if k.startswith(f"{none}.")}))
 
 
 # ------------------------------------------------------------------------------------------------------- what is compressed, what not
@@ -358,6 +405,23 @@ def test_the_report_of_pruning_counts_whole_numbers(tmp_path):
     found = report(adapter, result, tmp_path)
     assert found.entropy == pytest.approx(entropy(0.2, 32), rel=1e-3)
     assert 0.999 < found.bits / found.entropy < 1.01
+    assert report(adapter, dataclasses.replace(result, meta={}), tmp_path) == found
+
+
+def test_sites_that_lost_their_update_are_listed(tmp_path):
+    """As LoRA's A starts: uniform up to 1/√d_in, so that the top fifth of all lies beyond what a site of larger d_in has."""
+    adapter, rng = made(sites=3), torch.Generator().manual_seed(0)
+    for i, bound in enumerate((1.0, 0.5, 1.0)):
+        adapter.tensors[f"layers.{i}.q_proj.A"].uniform_(-bound, bound, generator=rng)
+    adapter.tensors["layers.2.q_proj.B"].zero_()  # none to lose
+    for scope, lost in (("factor", ["layers.1.q_proj"]), ("tensor", [])):
+        result = compress(adapter, scope=scope)
+        save_adapter(result, tmp_path / scope, coded=True)
+        found = report(adapter, result, tmp_path / scope)
+        assert (found.lost, found.sites) == (lost, 3)
+    once = compress(adapter)
+    save_adapter(compress(once), tmp_path / "again", coded=True)
+    assert report(once, compress(once), tmp_path / "again").lost == []
 
 
 @pytest.mark.parametrize(("arch", "kwargs"), [("llama", {"unfreeze": ("norm",)}), ("gpt2", {"sites": ["c_attn[q]", "c_fc", "wte"]})])
@@ -400,6 +464,36 @@ def test_a_compressed_folder_is_an_adapter_like_any_other(tmp_path):
     adapted.save(tmp_path / "coded")
     assert read(tmp_path / "coded" / "adapter.safetensors").keys() == small.tensors.keys()
     assert same(load_adapter(tmp_path / "coded"), adapted.state())
+
+
+def test_compressed_adapters_are_mixed_and_compared_as_plain_ones(tmp_path):
+    """Read lazily, as `lorakit mix` and `lorakit distance` do."""
+    some = [compress(shaken(tiny_model("llama"), "lora", seed=i, r=2).state(), density=0.4) for i in (1, 2)]
+    for i, small in enumerate(some):
+        save_adapter(small, tmp_path / f"coded{i}", coded=True)
+        save_adapter(small, tmp_path / f"plain{i}")
+    coded, plain = ([load_adapter(tmp_path / f"{kind}{i}", lazily=True) for i in range(2)] for kind in ("coded", "plain"))
+    for how in ("linear", "ties"):
+        one, other = (mix(few, how, weights=[0.7, 0.3]) for few in (coded, plain))
+        assert same(one, other)
+        assert one.meta == other.meta
+    assert distance(dict(zip("ab", coded, strict=True))).as_dict() == distance(dict(zip("ab", some, strict=True))).as_dict()
+    assert torch.equal(
+        logits(attach_adapter(tiny_model("llama"), coded[0]).model), logits(attach_adapter(tiny_model("llama"), some[0]).model)
+    )
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_an_adapter_that_is_read_lazily_is_compressed_into_its_own_folder(coded, tmp_path):
+    adapter = shaken(tiny_model("llama"), "lora", r=2, unfreeze=("norm",)).state()
+    save_adapter(adapter, tmp_path / "a", coded=coded)
+    expected = compress(adapter, keep="mean")
+    result = compress(load_adapter(tmp_path / "a", lazily=True), keep="mean")
+    assert same(result, expected)
+    assert result.meta == expected.meta
+    assert relative_error(load_adapter(tmp_path / "a", lazily=True), result) == relative_error(adapter, expected)
+    save_adapter(result, tmp_path / "a", coded=True)
+    assert same(load_adapter(tmp_path / "a"), expected)
 
 
 def test_a_damaged_file_is_refused_by_every_door(tmp_path):

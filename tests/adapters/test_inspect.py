@@ -48,7 +48,7 @@ def test_where_weights_do_not_change_norms_are_those_of_the_tensors(name):
     for site, branch in zip(report.sites, adapted.branches(), strict=True):
         assert site.norm == pytest.approx(torch.cat([p.detach().flatten() for p in branch.delta.parameters()]).norm().item(), rel=1e-5)
         assert (site.rank, site.singular_values, site.effective_rank) == (None, [], 0.0)
-    assert report.note == "norms of the sites' tensors: the weights do not change"
+    assert report.notes == ["norms of the sites' tensors: the weights do not change"]
     assert json.loads(json.dumps(report.as_dict()))["sites"][0]["rank"] is None
     out = Console(file=io.StringIO(), width=140)
     out.print(report.table())

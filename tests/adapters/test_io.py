@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 import lorakit
+from lorakit.adapters import weights
 from lorakit.adapters.io import load_adapter, save_adapter
 from lorakit.adapters.record import SIZE_LIMIT
 from lorakit.core.adapter import Adapter
@@ -121,6 +122,16 @@ def test_a_failing_save_leaves_the_old_adapter(saved, monkeypatch):
             other.save(folder)
     assert bytes_of(folder) == before
     lorakit.load(model, folder)
+
+
+def test_lazily_a_site_is_read_when_it_is_opened(saved, monkeypatch):
+    _, folder = saved
+    adapter, asked, real = load_adapter(folder, lazily=True), [], weights._filled
+    monkeypatch.setattr(weights, "_filled", lambda place, file: asked.append(place.name) or real(place, file))
+    site = adapter.sites[1]
+    delta = adapter.opened()(site)
+    assert sorted(asked) == [f"{site.name}.A", f"{site.name}.B"]
+    assert torch.equal(delta.weight(), load_adapter(folder).deltas()[site.name].weight())
 
 
 # ------------------------------------------------------------------------------------------------------------ what is no adapter

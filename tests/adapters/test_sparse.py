@@ -81,6 +81,7 @@ def test_decoded_tensors_have_memory_of_their_own():
     found = decode(encode(SMALL), HERE)
     for tensor in found.values():
         tensor.add_(1)
+    assert same(found, {name: t + 1 for name, t in SMALL.items()})  # it is kept
     storages = [t.untyped_storage() for t in found.values() if t.numel()]
     assert len({s.data_ptr() for s in storages}) == len(storages)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in found.values())

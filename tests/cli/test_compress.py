@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from lorakit.adapters.io import load_adapter
+from lorakit.adapters.io import load_adapter, save_adapter
 from lorakit.cli.main import app
 from lorakit.train.train import train
 from tests.laws.subject import same_bits
@@ -45,7 +46,25 @@ def test_every_flag_arrives(adapter: Path, tmp_path: Path) -> None:
     words = ["--density", "0.5", "--alpha", "2", "--scope", "adapter", "--keep", "mean"]
     run("compress", str(adapter), "--out", str(tmp_path / "small"), *words)
     made = json.loads((tmp_path / "small" / "adapter.json").read_text())["meta"]["compressed"]
+    digest = made.pop("sha256")
     assert made == {"density": 0.5, "alpha": 2.0, "scope": "adapter", "keep": "mean"}
+    assert len(digest) == 32
+    assert "compressed: alpha 2.0, density 0.5, keep mean, scope adapter" in run("inspect", str(tmp_path / "small"))
+    assert json.loads(run("inspect", str(tmp_path / "small"), "--json"))["compressed"] == made
+    assert json.loads(run("inspect", str(adapter), "--json"))["compressed"] is None
+
+
+def test_sites_that_lose_their_update_are_named(adapter: Path, tmp_path: Path) -> None:
+    """A still as it was drawn, of larger values at the one than at the other."""
+    read = load_adapter(adapter)
+    small = [site.name for site in read.sites if site.d_in == max(site.d_in for site in read.sites)]
+    tensors = {k: t * (0.01 if k.endswith(".A") and k.rpartition(".")[0] in small else 1.0) for k, t in read.tensors.items()}
+    save_adapter(replace(read, tensors=tensors), tmp_path / "uneven")
+    text = run("compress", str(tmp_path / "uneven"), "--out", str(tmp_path / "a"))
+    assert f"{len(small)} of {len(read.sites)} sites have no update left ({small[0]}, …)" in text
+    assert "--scope tensor has one for each" in text
+    assert "no update left" not in run("compress", str(tmp_path / "uneven"), "--out", str(tmp_path / "b"), "--scope", "tensor")
+    assert json.loads(run("compress", str(tmp_path / "uneven"), "--out", str(tmp_path / "c"), "--json"))["lost"] == small
 
 
 def test_the_other_commands_read_what_it_wrote(adapter: Path, tmp_path: Path) -> None:

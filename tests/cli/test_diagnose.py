@@ -77,6 +77,10 @@ def test_names_tell_folders_apart(home: Path, tmp_path: Path) -> None:
     for folder, name in zip(folders, "ab", strict=True):
         save_adapter(load_adapter(home / name), folder)
     assert json.loads(run("distance", *folders, "--json"))["adapters"] == ["one/adapter", "two/adapter"]
+    assert json.loads(run("distance", folders[0], home / "b", "--json"))["adapters"] == ["one/adapter", "b"]
+    save_adapter(load_adapter(home / "b"), tmp_path / "more" / "one" / "adapter")
+    same = (folders[0], tmp_path / "more" / "one" / "adapter", home / "c", "--model", home / "model", "--json")
+    assert json.loads(run("distance", *same))["adapters"] == [f"{tmp_path.name}/one/adapter", "more/one/adapter", "c"]
     assert "given twice" in run("distance", home / "a", home / "a", code=2)
 
 
@@ -127,7 +131,14 @@ def test_spectrum_of_a_full_fine_tuning(home: Path) -> None:
         (["diagnose", "amplification", "a"], "does not name its base; give it with --model"),
         (["diagnose", "amplification", "a", "--model", "other"], "but this model is other"),
         (["diagnose", "spectrum", "a", "--model", "other"], "but this model is other"),
-        (["diagnose", "spectrum", "a"], "does not name its base; give it with --model"),
+        (["diagnose", "spectrum", "a"], "does not name its base; give it with --model (or leave W aside: --no-intruders)"),
+        (["distance", "a", "c", "--model", "other"], "but this model is other"),
+        (["diagnose", "subspace", "a", "c", "--model", "other"], "but this model is other"),
+        (["diagnose", "spectrum", "a", "--no-intruders", "--model", "other"], "but this model is other"),
+        (["distance", "a", "b", "--png", "no/x.png"], "there is no folder"),
+        (["diagnose", "subspace", "a", "b", "--png", "no/x.png"], "there is no folder"),
+        (["diagnose", "amplification", "a", "--model", "model", "--png", "no/x.png"], "there is no folder"),
+        (["diagnose", "spectrum", "a", "--model", "model", "--png", "no/x.png"], "there is no folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(home: Path, words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +151,7 @@ def test_bad_input_is_one_line_and_exit_code_2(home: Path, words: list[str], exp
 
 def test_force(home: Path) -> None:
     assert json.loads(run("distance", home / "a", home / "d", "--force", "--json"))["pairs"]
+    assert json.loads(run("distance", home / "a", home / "c", "--force", "--json", "--model", home / "other"))["pairs"]
     assert json.loads(run("diagnose", "amplification", home / "a", "--model", home / "other", "--force", "--json"))["sites"]
 
 

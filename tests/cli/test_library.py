@@ -27,7 +27,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write_text("".join(json.dumps({"text": letter * (3 + j)}) + "\n" for j in range(30)))
         folder = saved(root / name / "adapter", base, i, r=2, alpha=2.0 + i)
         text = run("library", "add", str(root / "lib"), str(folder), "--data", str(file), "--samples", "8")
-        assert f"{name}: 8 samples; the library {root / 'lib'} holds {i + 1} adapters" in text
+        assert f"{name}: 8 samples; the library {root / 'lib'} holds {i + 1} adapter{'s' if i else ''}\n" in text
     return root
 
 
@@ -98,6 +98,23 @@ def test_a_peft_folder_and_another_base(there: Path, tmp_path: Path) -> None:
     other = model_folder(tmp_path / "other", seed=1)
     text = run("library", "search", str(there / "lib"), "--prompt", "x", "--model", other, code=2)
     assert "the library's vectors are those of hidden-mean of base" in text
+    words = ["library", "add", str(tmp_path / "new"), str(there / "digits" / "adapter"), "--data", data, "--model", other]
+    assert "the adapter was trained on model (" in run(*words, code=2) and not (tmp_path / "new").exists()
+    assert "holds 1 adapter\n" in run(*words, "--force"), "as its message says"
+
+
+def test_an_adapter_of_another_base_joins_by_force_alone(there: Path, tmp_path: Path) -> None:
+    """Its base must then be told apart by whoever uses the library: vectors are of one base, updates of two."""
+    other = model_folder(tmp_path / "other", seed=1)
+    stranger, data = saved(tmp_path / "stranger", other, 5, r=2), str(there / "digits.jsonl")
+    lib = str(tmp_path / "lib")
+    run("library", "add", lib, str(there / "digits" / "adapter"), "--data", data)
+    words = ["library", "add", lib, str(stranger), "--data", data, "--model", str(there / "model"), "--name", "stranger"]
+    assert "the adapter was trained on other (" in run(*words, code=2)
+    run(*words, "--force")
+    out = ["library", "export", lib, "--prompt", "777", "--out", str(tmp_path / "out")]
+    assert "they change different weights; force=True (--force)" in run(*out, code=2) and not (tmp_path / "out").exists()
+    assert "mixture of " in run(*out, "--force")
 
 
 def test_classes_are_samples_too(there: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_each_way_finds_a_mixture_that_is_saved(world: Path, tmp_path: Path, how
 
 
 def test_a_grid_of_one_adapter(world: Path, tmp_path: Path) -> None:
-    words = ["--data", str(world / "few.jsonl"), "--how", "grid", "--values", "[0, 0.5, 1]", "--json", "--out", str(tmp_path / "out")]
+    words = ["--data", str(world / "few.jsonl"), "--how", "grid", "--values", "0,0.5,1", "--json", "--out", str(tmp_path / "out")]
     found = json.loads(run(folders(world)[0], *words))
     assert [one["weights"] for one in found["tried"]] == [[[0.0]], [[0.5]], [[1.0]]]
     assert found["weights"] == [1.0] and found["loss"] == min(one["loss"] for one in found["tried"]) < found["base"]
@@ -72,6 +72,9 @@ def test_shots_rank_and_seed(world: Path, tmp_path: Path) -> None:
     one, other, third = (json.loads(run(*folders(world), *words, "--out", str(tmp_path / s), "--seed", s)) for s in ("3", "3", "4"))
     assert one == other != third
     assert {len(f.A) for f in load_adapter(tmp_path / "3").factors().values()} == {2}
+    assert one["cut"] != one["loss"], "what is saved is measured, too"
+    text = run(*folders(world), *words[:-1], "--seed", "3", "--out", str(tmp_path / "again"))
+    assert f"loss on the examples after the cut: {one['cut']:.4f}" in text
     whole = json.loads(run(*folders(world), *words[:2], *words[4:], "--out", str(tmp_path / "whole"), "--seed", "3"))
     assert whole["base"] != one["base"]
 

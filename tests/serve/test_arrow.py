@@ -99,6 +99,16 @@ def test_the_order_of_the_adapters_does_not_matter() -> None:
     assert far(one, other) < 1e-5
 
 
+def test_one_that_is_added_later_has_its_prototype_and_leaves_the_others_theirs() -> None:
+    adapters = equals(4)
+    before, after = chosen(dict(list(adapters.items())[:3]), k=1), chosen(adapters, k=1)
+    V = after.get_buffer("V")
+    assert torch.equal(V[:3], before.get_buffer("V"))
+    assert after.gates(5 * V[3][None], NO)[0].tolist() == [0.0, 0.0, 0.0, 1.0]
+    x = 5 * V[1][None]
+    assert torch.equal(after.gates(x, NO)[:, :3], before.gates(x, NO))
+
+
 def test_who_has_no_update_at_a_site_is_not_chosen_there() -> None:
     with_q, without = made(1, r=2, sites=["q_proj"]), made(2, r=2, sites=["v_proj"])
     adapted = attach_arrow(tiny_model("llama"), {"q": with_q, "v": without}, k=2)

@@ -75,6 +75,22 @@ def test_laws_of_probabilities(m: int, v: int, seed: int, size: float) -> None:
     assert bool((opinion.mutual_information <= opinion.entropy + 1e-9).all())
 
 
+@given(st.integers(2, 5), st.integers(2, 9), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_members_that_differ_are_strictly_better_together(m: int, v: int, seed: int) -> None:
+    """Jensen is strict wherever members give the target different probabilities, and an equation where they do not."""
+    rng = torch.Generator().manual_seed(seed)
+    z = 2 * torch.randn(m, 6, v, generator=rng, dtype=torch.float64)
+    z[:, 3:] = z[:1, 3:]  # of the later tokens all members say the same
+    target = torch.randint(v, (6, 1), generator=rng)
+    members = z.log_softmax(-1).gather(-1, target.expand(m, 6, 1)).squeeze(-1)
+    gain = together(z).log_p.gather(-1, target).squeeze(-1) - members.mean(0)
+    spread = members.exp().std(0, correction=0)
+    assert bool((gain[:3] >= spread[:3].square() / 2).all()), "the logarithm is strongly concave on (0, 1]"
+    assert bool((spread[:3] > 0).all() and (gain[:3] > 0).all())
+    assert torch.allclose(gain[3:], torch.zeros(3, dtype=torch.float64), atol=1e-12)
+
+
 def test_uncertainty_by_hand() -> None:
     """Two members that are certain of different things: one bit in all, and all of it disagreement; two that are undecided: none of it."""
     certain = together([torch.tensor([100.0, 0.0]), torch.tensor([0.0, 100.0])])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lorakit.adapters.io import load_adapter
+from lorakit.core.attach import attach_adapter
 from lorakit.core.errors import AdapterMismatch, BadParameter, CheckpointError, Incompatible
 from lorakit.data.tiny import tiny_tokenizer
 from lorakit.serve.encoder import HiddenMean
+from lorakit.serve.generate import stream
 from lorakit.serve.library import MANIFEST, VECTORS, WAYS, Library, add, open_library, sample_inputs
-from tests.laws.subject import same_bits
-from tests.serve.values import IDS, alone, equals, far, logits, made, several, tiny_model
+from lorakit.serve.open import open_base
+from lorakit.serve.shelf import HOW, Choice, Shelf, continued, encoder_for, open_shelf
+from tests.laws.subject import everything, same_bits
+from tests.serve.values import IDS, alone, equals, far, logits, made, saved, several, tiny_model
+from tests.train.runs import model_folder
 
 
 class Letters:
@@ -157,7 +164,7 @@ def test_another_encoder_or_base_is_refused(tmp_path: Path) -> None:
     from tests.laws.subject import attached, awaken, small
 
     elsewhere = awaken(attached(tiny_model("llama", seed=4), small("lora"))).state()
-    with pytest.raises(AdapterMismatch, match="are for unnamed"):
+    with pytest.raises(AdapterMismatch, match="a0 was made for unnamed .* and new for unnamed .*--force"):
         add(tmp_path, "new", elsewhere, ["x"], Letters())
     assert open_library(tmp_path).names == library.names
     assert not (tmp_path / "new").exists()
@@ -274,6 +281,52 @@ def test_an_addition_that_dies_leaves_the_library_as_it_was(tmp_path: Path, monk
     monkeypatch.undo()
     assert open_library(tmp_path).names == ("a0", "a1")
     assert add(tmp_path, "new", made(2), ["a"], Letters()).names == ("a0", "a1", "new")
+
+
+# ------------------------------------------------------------------------------------------------------------------- opened, with its base
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    root = tmp_path_factory.mktemp("shelf")
+    base = model_folder(root / "model")
+    encoder = encoder_for(open_base(base), None)
+    for i, letter in enumerate("q7#"):
+        folder = saved(root / f"a{i}", base, i, r=2, alpha=1.0 + i)
+        add(root / "lib", f"a{i}", load_adapter(folder), [letter * 3, letter * 7], encoder)
+    return open_shelf(root / "lib")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_base_is_plain_again_whatever_was_said(opened: Shelf, how: str) -> None:
+    """Also where nobody waited for the end."""
+    model, before = opened.opened.model, everything(opened.opened.model)
+    classes = [type(m) for m in model.modules()]
+    texts = ["".join(continued(opened, "777", Choice(how, k=2), max_new_tokens=5)) for _ in range(2)]
+    assert texts[0] == texts[1]
+    started = continued(opened, "777", Choice(how, k=2), max_new_tokens=50, temperature=2.0)
+    next(started, None)
+    started.close()  # type: ignore[attr-defined]
+    assert [type(m) for m in model.modules()] == classes
+    assert before.keys() == everything(model).keys()
+    assert all(same_bits(before[name], tensor) for name, tensor in everything(model).items())
+
+
+@pytest.mark.parametrize("how", ["selection", "mixture", "fusion"])
+def test_what_is_said_is_what_the_export_says(opened: Shelf, how: str) -> None:
+    options = {"max_new_tokens": 8}
+    said = "".join(continued(opened, "77q", Choice(how, k=2), **options))
+    exported = opened.library.export([hit.name for hit in opened.library.search(opened.query("77q"), 2)], how)
+    adapted = attach_adapter(opened.opened.model, exported)
+    try:
+        assert said == "".join(stream(opened.opened, "77q", **options))
+    finally:
+        adapted.detach()
+
+
+@pytest.mark.parametrize("how", ["mixture", "token"])
+def test_vectors_of_another_encoder_are_refused_before_anything_is_attached(opened: Shelf, how: str) -> None:
+    with pytest.raises(AdapterMismatch, match="which letters cannot be compared with"):
+        next(continued(replace(opened, encoder=Letters()), "777", Choice(how)))
+    assert not any("lora" in name for name, _ in opened.opened.model.named_modules())
 
 
 def test_samples_are_inputs_without_answers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.core.errors import BadParameter
 from lorakit.data.tiny import tiny_tokenizer
 from lorakit.serve import token_level as module
-from lorakit.serve.decode import decode, next_token
+from lorakit.serve.decode import decode, next_token, prompt_ids
 from lorakit.serve.encoder import HiddenMean
 from lorakit.serve.mixture import Mixture, attach_mixture
 from lorakit.serve.token_level import Nearness, stream, tokens
@@ -176,6 +176,13 @@ def test_text_and_its_options() -> None:
     assert list(tokens(mixture(), TOKENIZER, nearness, "", max_new_tokens=1))
     long = "x" * 400
     assert len(list(tokens(mixture(), TOKENIZER, nearness, long, max_new_tokens=3))) == 3, "the model has 256 positions"
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
+    text = "z" * 300 + "and this is its end"
+    whole: list[int] = TOKENIZER(text)["input_ids"]
+    assert prompt_ids(mixture(1).adapted.model, TOKENIZER, text, room=3)[0].tolist() == whole[-253:]
+    assert prompt_ids(mixture(1).adapted.model, TOKENIZER, text, room=1000)[0].tolist() == whole[-1:]
 
 
 def test_another_number_of_centroids_is_refused() -> None:

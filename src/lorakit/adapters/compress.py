@@ -10,8 +10,9 @@ vectors beside matrices (a gate, a module's biases), which are few and count muc
     adapter    all values together: the paper
     factor     all A, all B, …: the default
     tensor     each tensor by itself
-Where A and B differ in scale, one threshold for both keeps hardly anything of the smaller, and the update is their product. Of the other
-two neither was better on both adapters that were tried.
+Where A and B differ in scale, one threshold for both keeps hardly anything of the smaller, and the update is their product: of a LoRA of
+rank 16 after 60 steps nothing was left at 41 of 42 sites. Of the other two neither was better on both adapters that were tried. After a few
+steps, when A is still as it was drawn, ±1/√d_in, one threshold for all A keeps none of a site whose d_in is large (`Report.lost`).
 `keep` is what the kept values become:
     ternary      α σ(τ) sign(τ): the paper
     mean         α mean |τ kept| sign(τ): its ablation STC (the authors' code takes the mean of the signed values, which is about zero)
@@ -23,16 +24,17 @@ References: arXiv:2311.13171; its code, github.com/prateeky2806/ComPEFT, keeps o
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lorakit.adapters import sparse
+from lorakit.adapters.digest import digest
 from lorakit.adapters.folder import locate
 from lorakit.adapters.io import WEIGHTS, found_weights
 from lorakit.adapters.update import norm
@@ -44,7 +46,9 @@ from lorakit.core.shared import Shared
 from lorakit.core.site import ROOT
 
 META = "compressed"
-"""Where the result's meta says how it was made."""
+"""Where the result's meta says how it was made, and of which tensors that is true."""
+MEASURED = "metrics"
+"""What its meta says of the adapter before, and not of this one."""
 
 SCOPES: Mapping[str, Callable[[str], str]] = {
     "adapter": lambda name: "",
@@ -60,6 +64,8 @@ SIZES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """From τ and the mask of what is kept to the size of that, before α: one number, or [D]."""
 
+NOTHING = 1e-12
+"""Below this share of what it was, an update is rounding."""
 STARTS = frozenset({"anchor", "snapshot"})
 """What a delta provides whose update is the difference of two nearly equal products."""
 
@@ -83,8 +89,19 @@ def compress(adapter: Adapter, *, density: float = 0.2, alpha: float = 1.0, scop
     small: dict[str, Tensor] = {}
     for group in groups.values():
         small |= _compressed(group, density, alpha, keep)
-    settings = {"density": density, "alpha": alpha, "scope": scope, "keep": keep}
-    return dataclasses.replace(adapter, tensors={**adapter.tensors, **small}, meta={**adapter.meta, META: settings})
+    tensors = {**adapter.tensors, **small}
+    record = {"density": density, "alpha": alpha, "scope": scope, "keep": keep, "sha256": digest(tensors)}
+    kept = {name: value for name, value in adapter.meta.items() if name != MEASURED}
+    return dataclasses.replace(adapter, tensors=tensors, meta={**kept, META: record})
+
+
+def compressed(adapter: Adapter) -> dict[str, Any] | None:
+    """The settings that gave the adapter its tensors. None where they have changed since, whatever its meta still says: what a meta holds
+    stays with an adapter that is trained on, or cut."""
+    record = adapter.meta.get(META)
+    if not isinstance(record, dict) or record.get("sha256") != digest(adapter.tensors):
+        return None
+    return {name: value for name, value in record.items() if name != "sha256"}
 
 
 def trained(adapter: Adapter) -> dict[str, Tensor]:
@@ -97,19 +114,21 @@ def trained(adapter: Adapter) -> dict[str, Tensor]:
             "compressed rest: `lorakit mix ADAPTER --weights 1 --space delta+svd:R --out FOLDER` writes a plain LoRA of rank R to compress"
         )
     parts: dict[str, Delta | Shared] = {**deltas, **({} if pool is None else {f"{ROOT}.{POOL}": pool})}
-    names = [name for path, part in parts.items() for name in _learned(path, part, adapter.tensors)]
-    if not names:
+    found: dict[str, Tensor] = {}
+    for path, part in parts.items():
+        found |= _learned(path, part, adapter.tensors)
+    if not found:
         raise NotExportable(f"{adapter.recipe.name} has nothing to compress: it trains no values at sites, nor shared by them")
-    found = {name: adapter.tensors[name] for name in names}
     broken = [name for name, t in found.items() if not torch.isfinite(t).all()]
     if broken:
         raise AdapterMismatch(f"tensor {broken[0]} holds NaN or infinite values; the adapter is damaged or its training diverged")
     return found
 
 
-def _learned(path: str, part: Delta | Shared, tensors: Mapping[str, Tensor]) -> list[str]:
-    names = [f"{path}.{name}" for name in sorted(part.trains)]
-    return [name for name in names if tensors[name].ndim > 1] or names
+def _learned(path: str, part: Delta | Shared, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    every = {name: tensors[name] for name in (f"{path}.{short}" for short in sorted(part.trains))}
+    matrices = {name: t for name, t in every.items() if t.ndim > 1}
+    return {name: t for name, t in (matrices or every).items() if t.numel()}  # a site may have been left without rank
 
 
 def largest(tau: Tensor, n: int) -> Tensor:
@@ -140,23 +159,29 @@ class Report:
     """The fewest bits for it if each place were as likely to be kept as any other."""
     error: float
     """‖ΔW − ΔW̃‖ / ‖ΔW‖, Frobenius, over all sites."""
+    sites: int
+    lost: list[str]
+    """Sites that had an update and have none any more: all values of one of their factors lay below the threshold."""
 
 
 def report(before: Adapter, after: Adapter, folder: str | Path) -> Report:
     """Of an adapter and its compressed form, which lies in a folder."""
     path = found_weights(locate(folder, WEIGHTS), Path(folder), WEIGHTS)
-    coded, small = sparse.Coded(read(path), path).entries, {name: after.tensors[name] for name in trained(after)}
-    values, kept = sum(t.numel() for t in small.values()), sum(int(t.count_nonzero()) for t in small.values())
-    own = after.meta[META]["keep"] == "magnitude"
-    payload = sum(int(t.count_nonzero()) * (8 * t.itemsize if own else 1) for t in small.values())
+    coded, names = sparse.Coded(read(path), path).entries, sorted(trained(after))
+    entries = [coded[name] for name in names]
+    values, kept = sum(math.prod(entry.shape) for entry in entries), sum(entry.kept for entry in entries)
+    found = _all_norms(before, after)
+    payload = sum(entry.kept * (1 if entry.sizes == "one" else 8 * entry.itemsize) for entry in entries)
     return Report(
         values,
         kept,
         sum(before.tensors[name].nbytes for name in before.tensors),
         path.stat().st_size,
-        8 * sum(coded[name].nbytes for name in small) / max(1, values),
-        entropy(kept / max(1, values), payload / max(1, kept)),
-        relative_error(before, after),
+        8 * sum(entry.nbytes for entry in entries) / values,
+        entropy(kept / values, payload / max(1, kept)),
+        _relative(found),
+        len(before.sites),
+        [site.name for site, norms in zip(before.sites, found, strict=True) if norms.after <= NOTHING * norms.before and norms.before > 0],
     )
 
 
@@ -166,11 +191,19 @@ def entropy(k: float, bits: float = 1.0) -> float:
 
 
 def relative_error(before: Adapter, after: Adapter) -> float:
-    """‖ΔW − ΔW̃‖ / ‖ΔW‖, Frobenius, over all sites; of the sites' tensors where the weights do not change (modules, biases)."""
+    """‖ΔW − ΔW̃‖ / ‖ΔW‖, Frobenius, over all sites: of s·B·A alone where the method also rescales W, and of the sites' tensors where the
+    weights do not change (modules, biases)."""
+    return _relative(_all_norms(before, after))
+
+
+def _relative(found: Sequence["_Norms"]) -> float:
+    error, whole = math.hypot(*(norms.error for norms in found)), math.hypot(*(norms.before for norms in found))
+    return error / whole if whole > 0 else 0.0  # an update of zero stays one
+
+
+def _all_norms(before: Adapter, after: Adapter) -> list["_Norms"]:
     old, new = before.opened(), after.opened()
-    pairs = [_norms(old(site), new(site)) for site in before.sites]
-    error, whole = math.hypot(*(pair[0] for pair in pairs)), math.hypot(*(pair[1] for pair in pairs))
-    return error / whole if whole > 0 else math.inf if error > 0 else 0.0
+    return [_norms(old(site), new(site)) for site in before.sites]
 
 
 def _check(density: float, alpha: float, scope: str, keep: str) -> None:
@@ -213,13 +246,29 @@ def _deviation(tau: Tensor) -> Tensor:
     return tau.double().std() if len(tau) > 1 else tau.new_zeros((), dtype=torch.float64)
 
 
-def _norms(old: Delta, new: Delta) -> tuple[float, float]:
-    """‖ΔW − ΔW̃‖ and ‖ΔW‖ of one site, both by factors where it has them: [B, −B̃] · [A; Ã] is the difference."""
-    if not old.linear or old.bound() == 0:
-        rows = [torch.cat([p.detach().double().flatten() for p in delta.parameters()]) for delta in (old, new)]
-        return (rows[0] - rows[1]).norm().item(), rows[0].norm().item()
-    f, g = old.factors(), new.factors()
-    if f is None or g is None:
-        return (old.weight().double() - new.weight().double()).norm().item(), old.weight().double().norm().item()
-    A, B = torch.cat([f.A, g.A], -2), torch.cat([f.s * f.B.double(), -g.s * g.B.double()], -1)
-    return norm(Factors(A, B, 1.0)), norm(f)
+class _Norms(NamedTuple):
+    """Of one site, Frobenius."""
+
+    error: float
+    """‖ΔW − ΔW̃‖."""
+    before: float
+    """‖ΔW‖."""
+    after: float
+    """‖ΔW̃‖."""
+
+
+def _norms(old: Delta, new: Delta) -> _Norms:
+    """By factors where there are some: [B, −B̃] · [A; Ã] is the difference."""
+    f, g = (delta.factors() if delta.linear and delta.bound() else None for delta in (old, new))
+    if f is not None and g is not None:
+        A, B = torch.cat([f.A, g.A], -2), torch.cat([f.s * f.B.double(), -g.s * g.B.double()], -1)
+        return _Norms(norm(Factors(A, B, 1.0)), norm(f), norm(g))
+    one, other = (_dense(delta) for delta in (old, new))
+    return _Norms((one - other).norm().item(), one.norm().item(), other.norm().item())
+
+
+def _dense(delta: Delta) -> Tensor:
+    """ΔW; the tensors where the weight does not change."""
+    if delta.linear and delta.bound():
+        return delta.weight().double()
+    return torch.cat([p.detach().double().flatten() for p in delta.parameters()])

@@ -14,7 +14,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.adapters.diagnose.plot import canvas, layer_color, saved
+from lorakit.adapters.compress import compressed
+from lorakit.adapters.diagnose.plot import DOT, canvas, count_from_one, layer_color, saved
 from lorakit.adapters.diagnose.spectrum import effective_rank
 from lorakit.adapters.update import singular_values
 from lorakit.core.adapter import Adapter
@@ -69,13 +70,18 @@ class Report:
     """Whether the method also rescales W: the norms are those of s·B·A alone, the rest depends on the base."""
     shared: dict[str, list[int]] = field(default_factory=dict)
     """Shapes of what the sites share and of what patches of the model train: a pool, a prefix."""
+    compressed: dict[str, Any] | None = None
+    """The settings of `lorakit compress`, where its result has not been changed since."""
 
     @property
-    def note(self) -> str | None:
-        """What the norms are, where that needs saying."""
+    def notes(self) -> list[str]:
+        """What the norms are, where that needs saying, and how the values were made so few."""
+        found = ["norms of s·B·A alone: the method also rescales W"] if self.rescales else []
         if any(s.rank is None for s in self.sites):
-            return "norms of the sites' tensors: the weights do not change"
-        return "norms of s·B·A alone: the method also rescales W" if self.rescales else None
+            found = ["norms of the sites' tensors: the weights do not change"]
+        if self.compressed is not None:
+            found.append("compressed: " + ", ".join(f"{name} {value}" for name, value in self.compressed.items()))
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -86,7 +92,7 @@ class Report:
         size = f"{self.bytes['tensors'] / 1e6:.2f} MB"
         base = Fingerprint(**self.base) if self.base else "an unknown base"
         title = f"{self.recipe}, {len(self.sites)} sites, {size}, made for {base}"
-        table = Table(title=Text(title), caption=self.note)
+        table = Table(title=Text(title), caption=Text("\n".join(self.notes)) if self.notes else None)
         for column in ("site", "shape", "rank", "effective rank", "norm", "largest σ"):
             table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
         for s in self.sites:
@@ -113,6 +119,7 @@ def inspect_adapter(adapter: Adapter, *, folder: str | Path | None = None) -> Re
         adapter.meta.get("base"),
         adapter.method().combine.full_rank(),
         {name: list(t.shape) for name, t in adapter.tensors.items() if name.startswith(f"{ROOT}.")},
+        compressed(adapter),
     )
 
 
@@ -150,7 +157,8 @@ def spectrum_plot(report: Report, png: str | Path) -> Path:
         top = max(s.singular_values, default=0.0)
         if top > 0:
             shares = [value / top for value in s.singular_values]
-            axes.plot(range(1, len(shares) + 1), shares, color=layer_color(s.layer, layers), linewidth=1, alpha=0.7)
+            axes.plot(range(1, len(shares) + 1), shares, ".-", color=layer_color(s.layer, layers), linewidth=1, markersize=DOT, alpha=0.7)
+    count_from_one(axes, max((len(s.singular_values) for s in report.sites), default=0))
     axes.set(xlabel="index", ylabel="σ / largest σ", ylim=(0, 1.05))
     axes.set_title(f"{report.recipe}: spectra of {len(report.sites)} updates, early layers dark")
     return saved(figure, png)

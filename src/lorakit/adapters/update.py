@@ -6,9 +6,10 @@ Everything but `norm` and `singular_values` is two-dimensional: of a stack of ex
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.delta import Factors
@@ -31,35 +32,48 @@ def inner(one: Factors, other: Factors) -> float:
     return one.s * other.s * product.sum().item()
 
 
-def decomposed(f: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """U [d_out, k], σ [k], V [d_in, k] of s·B·A, k = min(r, d_out, d_in)."""
-    Q_B, R_B = torch.linalg.qr(f.B.double())
-    Q_A, R_A = torch.linalg.qr(f.A.double().T)
+def decomposed(f: Factors, q: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U [d_out, q], σ [k], V [d_in, q] of s·B·A, k = min(r, d_out, d_in): all σ, and the vectors of the q largest or of all."""
+    (turn_B, R_B), (turn_A, R_A) = _qr(f.B), _qr(f.A.T)
     U, S, Vh = torch.linalg.svd(f.s * (R_B @ R_A.T), full_matrices=False)
-    return Q_B @ U, S, Q_A @ Vh.T
+    return turn_B(U[:, :q]), S, turn_A(Vh[:q].T)
 
 
 def truncated(f: Factors, q: int) -> tuple[Factors, float]:
     """The closest update of rank q (Eckart-Young), and the norm of what it leaves out, both sides sharing √σ."""
-    U, S, V = decomposed(f)
+    U, S, V = decomposed(f, q)
     root = S[:q].sqrt()
-    return Factors(root[:, None] * V[:, :q].T, U[:, :q] * root, 1.0), S[q:].norm().item()
+    return Factors((V * root).T.contiguous(), (U * root).contiguous(), 1.0), S[q:].norm().item()
+
+
+def _qr(M: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """(what multiplies by Q [d, k], R [k, r]) of M [d, r]. Q stays the product of reflections that it is found as: to form it, and then to
+    multiply by it, is twice the work."""
+    reflections, sizes = torch.geqrf(M.double())
+    k = len(sizes)
+
+    def turn(C: Tensor) -> Tensor:
+        return torch.ormqr(reflections[:, :k], sizes, F.pad(C, (0, 0, 0, len(reflections) - k)))
+
+    return turn, reflections[:k].triu()
 
 
 def norm(f: Factors) -> float:
     """‖s·B·A‖, Frobenius; of a stack that of all experts together. Exact to rounding also where B and A nearly cancel."""
-    return _core(f).norm().item()
+    return float(_core(f).norm())
 
 
 def singular_values(f: Factors) -> Tensor:
     """σ of s·B·A, largest first: [min(r, d_in, d_out)]; of a stack those of every expert, E times as many."""
-    return torch.linalg.svdvals(_core(f)).flatten().sort(descending=True).values
+    values: Tensor = torch.linalg.svdvals(_core(f))
+    return values.flatten().sort(descending=True).values
 
 
 def _core(f: Factors) -> Tensor:
     """s R_B R_Aᵀ."""
     left, right = (torch.linalg.qr(M.double(), mode="r").R for M in (f.B, f.A.mT))
-    return f.s * (left @ right.mT)
+    core: Tensor = f.s * (left @ right.mT)
+    return core
 
 
 def low_rank(W: Tensor, q: int, rng: torch.Generator) -> tuple[Factors, float]:

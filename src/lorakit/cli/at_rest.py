@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lorakit.cli.use import Folder, Model
+from lorakit.core.errors import BadParameter
 
 
 def inspect(
@@ -78,5 +80,7 @@ def statistics(
     from lorakit.serve.open import open_adapter
     from lorakit.serve.statistics import collect, save_statistics
 
+    if not out or Path(out).is_dir():
+        raise BadParameter(f"--out {out!r} is no name of a file; expected a new one, as in --out {kind}.safetensors")
     found = collect(open_adapter(adapter, model=model), data, kind, whole=whole, limit=max_samples, max_length=max_length)
     print(f"{kind} of {len(found)} sites:", save_statistics(found, out))

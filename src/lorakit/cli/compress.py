@@ -26,7 +26,9 @@ def compress(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Most values zero, of the others one size and their signs (ComPEFT), coded near the entropy; prints what it saved and what it cost."""
+    """Write an adapter in a fraction of its bytes (ComPEFT). Most values become zero, of the others one size and the signs are kept,
+    coded near their entropy; prints what that saved, and what it cost of ΔW.
+    """
     from lorakit.adapters.compress import compress as run
     from lorakit.adapters.compress import report
     from lorakit.adapters.io import load_adapter, save_adapter
@@ -45,4 +47,9 @@ def compress(
     print(f"{found.tensor_bytes:,} bytes of tensors, {found.file_bytes:,} bytes in the file: {times:.1f} times smaller")
     print(f"{found.kept:,} of {found.values:,} values kept ({share:.1f} %): {found.bits:.3f} bits a value (entropy {found.entropy:.3f})")
     print(f"relative error of ΔW: {found.error:.3f} (Frobenius, all sites); what that means for the task, `lorakit eval` says")
+    if found.lost:
+        print(
+            f"{len(found.lost)} of {found.sites} sites have no update left ({found.lost[0]}, …): their values lay below a threshold that "
+            "they share with others; --scope tensor has one for each"
+        )
     print("compressed adapter:", out)

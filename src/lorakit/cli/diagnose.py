@@ -26,7 +26,8 @@ def distance(
     from lorakit.adapters.diagnose.distance import distance as run
     from lorakit.adapters.diagnose.plot import distance_map
 
-    read, base = _read(adapters, model)
+    _check_drawable(png)
+    read, base = _read(adapters, model, force)
     found = run(read, where=sites, model=base, force=force)
     if png:
         distance_map(found, png)
@@ -47,7 +48,8 @@ def subspace(
     from lorakit.adapters.diagnose.plot import overlap_map
     from lorakit.adapters.diagnose.subspace import overlaps
 
-    read, base = _read([a, b], model)
+    _check_drawable(png)
+    read, base = _read([a, b], model, force)
     found = overlaps(read, space=space, where=sites, model=base, force=force)
     if png:
         overlap_map(found, png)
@@ -61,6 +63,7 @@ def amplification(
     from lorakit.adapters.diagnose.amplification import amplifications
     from lorakit.adapters.diagnose.plot import amplification_plot
 
+    _check_drawable(png)
     read, base = _on_its_base(adapter, model, force)
     found = amplifications(read, base, name=adapter, where=sites)
     if png:
@@ -85,14 +88,15 @@ def spectrum(
     from lorakit.adapters.diagnose.plot import spectra_plot
     from lorakit.adapters.diagnose.spectrum import spectra, spectra_of_tuning
 
+    _check_drawable(png)
     options: dict[str, Any] = {"name": adapter, "intruders": intruders, "top": top, "epsilon": epsilon}
     if _is_model(adapter):
         base, tuned = _two_models(adapter, model)
         found = spectra_of_tuning(base, tuned, where=sites or "all-linear", **options)
     elif intruders:
-        found = spectra(*_on_its_base(adapter, model, force), where=sites, **options)
+        found = spectra(*_on_its_base(adapter, model, force, " (or leave W aside: --no-intruders)"), where=sites, **options)
     else:
-        read, given = _read([adapter], model)
+        read, given = _read([adapter], model, force)
         found = spectra(next(iter(read.values())), given, where=sites, **options)
     if png:
         spectra_plot(found, png)
@@ -116,37 +120,52 @@ def _print(found: Found, as_json: bool, png: str | None) -> None:
         print("picture:", png)
 
 
-def _read(folders: Sequence[str], model: str | None) -> tuple[dict[str, Any], Any]:
+def _check_drawable(png: str | None) -> None:
+    from lorakit.adapters.diagnose.plot import drawable
+
+    if png is not None:
+        drawable(png)
+
+
+def _read(folders: Sequence[str], model: str | None, force: bool) -> tuple[dict[str, Any], Any]:
     """The adapters by name, and the base where --model names one."""
     from lorakit.adapters.io import load_adapter
+    from lorakit.core.fingerprint import check_base, fingerprint
     from lorakit.serve.open import base_of
 
+    names, read = _names(folders), dict[str, Any]()
     base = base_of(folders[0], model, needed=True) if model else None
-    names = _names(folders)
-    return {
-        n: load_adapter(f, model=base or base_of(f, None, needed=False), lazily=True) for n, f in zip(names, folders, strict=True)
-    }, base
+    found = None if base is None else fingerprint(base)
+    for name, folder in zip(names, folders, strict=True):
+        read[name] = load_adapter(folder, model=base or base_of(folder, None, needed=False), lazily=True)
+        if found is not None:
+            check_base(read[name], found, force=force)
+    return read, base
 
 
 def _names(folders: Sequence[str]) -> list[str]:
-    """The last parts of their paths that tell them apart."""
+    """Of each the last parts of its path that tell it from the others; two where the last is what `lorakit train` calls every adapter."""
     parts = [Path(folder).absolute().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise BadParameter("one adapter folder is given twice; expected different ones")
-    n = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts))
-    return ["/".join(p[-n:]) for p in parts]
+
+    def name(own: tuple[str, ...]) -> str:
+        first = 2 if own[-1] == "adapter" else 1
+        ends = (own[-n:] for n in range(first, len(own) + 1))
+        return "/".join(next(end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1))
+
+    return [name(own) for own in parts]
 
 
-def _on_its_base(folder: str, model: str | None, force: bool) -> tuple[Any, Any]:
-    """An adapter and the base that it was made for."""
+def _on_its_base(folder: str, model: str | None, force: bool, hint: str = "") -> tuple[Any, Any]:
+    """An adapter and the base that it was made for. `hint`: what to type where that is not known, besides --model."""
     from lorakit.adapters.io import load_adapter
-    from lorakit.core.attach import check_base
-    from lorakit.core.fingerprint import fingerprint
+    from lorakit.core.fingerprint import check_base, fingerprint
     from lorakit.serve.open import base_of
 
     base = base_of(folder, model, needed=True)
     if base is None:
-        raise BadParameter(f"the adapter {folder} does not name its base; give it with --model")
+        raise BadParameter(f"the adapter {folder} does not name its base; give it with --model{hint}")
     adapter = load_adapter(folder, model=base, lazily=True)
     check_base(adapter, fingerprint(base), force=force)
     return adapter, base

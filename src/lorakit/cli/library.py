@@ -25,9 +25,11 @@ def add(
     samples: Annotated[int, typer.Option("--samples", min=1, help="how many inputs, spread over the data")] = 32,
     model: Model = None,
     encoder: Sentences = None,
+    force: Force = False,
 ) -> None:
     """Copy an adapter into a library (made if need be), with the mean vector of some inputs of its task."""
     from lorakit.adapters.io import load_adapter
+    from lorakit.core.fingerprint import check_base, fingerprint
     from lorakit.serve.library import add as run
     from lorakit.serve.library import sample_inputs
     from lorakit.serve.open import open_base, recorded
@@ -38,8 +40,10 @@ def add(
         raise BadParameter(f"the adapter {adapter} does not name its base; give it with --model")
     opened = open_base(base)
     found, texts = load_adapter(adapter, model=opened.model), sample_inputs(data, samples)
-    known = run(library, name or _name(adapter), found, texts, encoder_for(opened, encoder), model=base)
-    print(f"{known.names[-1]}: {known.entries[-1].samples} samples; the library {library} holds {len(known.names)} adapters")
+    check_base(found, fingerprint(opened.model), force=force)
+    known = run(library, name or _name(adapter), found, texts, encoder_for(opened, encoder), model=base, force=force)
+    n = len(known.names)
+    print(f"{known.names[-1]}: {known.entries[-1].samples} samples; the library {library} holds {n} adapter{'s' if n > 1 else ''}")
 
 
 def search(
@@ -74,6 +78,7 @@ def export(
     k: K = 3,
     model: Model = None,
     encoder: Sentences = None,
+    force: Force = False,
 ) -> None:
     """What a prompt finds, as one plain LoRA."""
     from lorakit.adapters.io import save_adapter
@@ -81,7 +86,7 @@ def export(
 
     shelf = open_shelf(library, model=model, encoder=encoder)
     names = [hit.name for hit in shelf.library.search(shelf.query(prompt), k)]
-    adapter = shelf.library.export(names, how)
+    adapter = shelf.library.export(names, how, force=force)
     save_adapter(adapter, out)
     print(f"{how} of {', '.join(names[: len(adapter.meta['mix']['sources'])])}")
     print("adapter:", out)

@@ -1,12 +1,19 @@
 """`lorakit mix`: several adapters to one."""
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.cli.flags import parse_flags
-from lorakit.core.errors import BadParameter
+from lorakit.core.errors import AdapterMismatch, BadParameter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lorakit.adapters.mix.recipe import Mix
+    from lorakit.core.adapter import Adapter
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -21,6 +28,9 @@ def mix(
     recipe: Annotated[str | None, typer.Option("--recipe", help="YAML file with a tree of mixes in place of folders and flags")] = None,
     model: Annotated[str | None, typer.Option("--model", help="folder of the base, to read adapters that PEFT wrote")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="write a whole model, the mixture in its weights: nothing is cut off")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="also for other bases and without common sites")] = False,
     listed: Annotated[bool, typer.Option("--list", help="list the mixers")] = False,
 ) -> None:
@@ -32,30 +42,142 @@ def mix(
     if listed:
         return print_mixers()
     from lorakit.adapters.io import save_adapter
-    from lorakit.adapters.mix.recipe import Mix, made, read_recipe
-    from lorakit.serve.open import base_of
-    from lorakit.serve.statistics import load_statistics
+    from lorakit.adapters.mix.recipe import made, read_recipe
 
     folders, options = parsed(ctx.args)
     if recipe is not None:
-        if folders or options:
-            raise BadParameter(f"a recipe says everything; besides it were given: {' '.join(ctx.args)}")
+        _check_alone(ctx)
         tree, stats = read_recipe(recipe), None
     else:
-        weights, stats = options.pop("weights", None), [load_statistics(path) for path in options.pop("stats", [])] or None
-        tree = Mix(how=how, of=list(folders), space=space, seed=seed, weights=weights, options=options)
-    if out is None:
-        raise BadParameter("where the result goes is missing: give --out FOLDER")
-    adapter = made(tree, load=lambda folder: _loaded(folder, model, base_of), force=force, stats=stats)
-    save_adapter(adapter, out)
+        stats = _statistics(how, options.pop("stats", []))
+        tree = _tree(how, folders, options.pop("weights", None), space, seed, options)
+    _check(tree)
+    _check_out(out, tree)
+    bases = dict[str | None, Any]()
+    if into_base:
+        return _into_base(tree, Path(str(out)), model, lambda folder: _loaded(folder, model, bases), force, stats)
+    adapter = made(tree, load=lambda folder: _loaded(folder, model, bases), force=force, stats=stats)
+    save_adapter(adapter, str(out))
     print_result(adapter.meta["mix"], len(adapter.sites))
     print("adapter:", out)
 
 
-def _loaded(folder: str, model: str | None, base_of: Any) -> Any:
-    from lorakit.adapters.io import load_adapter
+def _into_base(tree: "Mix", out: Path, model: str | None, load: "Callable[[str], Adapter]", force: bool, stats: Any) -> None:
+    """In the dtype that the first adapter was trained beside, with its chat template; `mix.json` says how it was made."""
+    import json
 
-    return load_adapter(folder, model=base_of(folder, model, needed=False), lazily=True)
+    import torch
+
+    from lorakit.adapters.mix.recipe import made_into
+    from lorakit.serve.merge import check_new, new_folder, save_model
+    from lorakit.serve.open import base_of, recorded
+    from lorakit.train.source_model import load_tokenizer
+
+    check_new(out)
+    first = next(_folders(tree))
+    facts = recorded(first)
+    name, base = model or facts.get("model"), base_of(first, model, needed=True)
+    if base is None or name is None:
+        raise BadParameter(f"the adapter {first} does not name its base; give it with --model")
+    record = made_into(tree, base, load=load, force=force, stats=stats)
+    with new_folder(out) as partial:
+        save_model(
+            base.to(getattr(torch, facts.get("dtype", "float32"))), load_tokenizer(name, chat_template=facts.get("chat_template")), partial
+        )
+        (partial / "mix.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{record['how']} of {len(record['sources'])} adapters, written into the weights of {name}; nothing was cut off")
+    print("model:", out)
+
+
+def _check_alone(ctx: typer.Context) -> None:
+    """A recipe has the folders, weights and options; nothing that is typed beside it is left unsaid."""
+    sources = {name: ctx.get_parameter_source(name) for name in ("how", "space", "seed")}
+    given = [*(f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"), *ctx.args]
+    if given:
+        raise BadParameter(f"a recipe says everything; besides it were given: {' '.join(given)}")
+
+
+def _tree(how: str, folders: list[str], weights: Any, space: str, seed: int, options: dict[str, Any]) -> "Mix":
+    """The one mix that flags describe."""
+    from pydantic import ValidationError
+
+    from lorakit.adapters.mix.recipe import Mix
+
+    try:
+        return Mix(how=how, of=list(folders), space=space, seed=seed, weights=weights, options=options)
+    except ValidationError:
+        raise BadParameter(f"--weights {weights!r}: expected a number for each adapter, as in --weights 0.7 0.3") from None
+
+
+def _statistics(how: str, files: Sequence[str]) -> "list[dict[str, Tensor]] | None":
+    """One for each adapter."""
+    from lorakit.adapters.mix.mixers import get_mixer
+    from lorakit.serve.statistics import load_statistics
+
+    if files and get_mixer(how).rule().needs is None:
+        raise BadParameter(f"{how} reads no statistics; --stats is for regmean and fisher")
+    found = [load_statistics(path) for path in files]
+    for path, stats in zip(files, found, strict=True):
+        broken = [name for name, tensor in stats.items() if not tensor.isfinite().all()]
+        if broken:
+            raise BadParameter(f"{path} holds NaN or infinite values at {broken[0]}; make it again with `lorakit statistics`")
+    return found or None
+
+
+def _check(tree: "Mix") -> None:
+    """Names and ranges, before any adapter is read."""
+    from lorakit.adapters.mix.mix import SEEDS
+    from lorakit.adapters.mix.mixers import get_mixer
+    from lorakit.adapters.mix.spaces import space_of
+
+    get_mixer(tree.how).rule(**tree.options)
+    space_of(tree.space)
+    if not 0 <= tree.seed < SEEDS:
+        raise BadParameter(f"seed={tree.seed}; expected a number from 0 to 2**63 - 1")
+    for part in tree.of:
+        if not isinstance(part, str):
+            _check(part)
+
+
+def _check_out(out: str | None, tree: "Mix") -> None:
+    if not out:
+        raise BadParameter("where the result goes is missing: give --out FOLDER")
+    for folder in _folders(tree):
+        if Path(out).resolve() == Path(folder).resolve():
+            raise BadParameter(f"--out {out} is one of the adapters that are mixed, and would be lost; name another folder")
+
+
+def _folders(tree: "Mix") -> Iterator[str]:
+    for part in tree.of:
+        yield from [part] if isinstance(part, str) else _folders(part)
+
+
+def _loaded(folder: str, model: str | None, bases: "dict[str | None, nn.Module | None]") -> "Adapter":
+    """An adapter; `bases` keeps those that folders in PEFT's format are read with."""
+    from lorakit.adapters.folder import locate
+    from lorakit.adapters.io import RECORD, load_adapter
+    from lorakit.serve.open import base_of, recorded
+
+    base = None
+    if locate(folder, RECORD) is None:
+        name = model or recorded(folder).get("model")
+        if name not in bases:
+            bases[name] = _base(lambda: base_of(folder, model, needed=False), folder, name if model is None else None)
+        base = bases[name]
+    try:
+        return load_adapter(folder, model=base, lazily=True)
+    except AdapterMismatch as error:
+        raise AdapterMismatch(f"{folder}: {error}") from None
+
+
+def _base(read: "Callable[[], nn.Module | None]", folder: str, named: str | None) -> "nn.Module | None":
+    """A base; where it is only named by a folder, whose it is and what else can be given."""
+    try:
+        return read()
+    except BadParameter as error:
+        if named is None:
+            raise
+        raise BadParameter(f"{folder} names {named!r} as its base: {error}; or give the base with --model") from None
 
 
 def parsed(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -67,20 +189,31 @@ def parsed(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not word.startswith("--"):
             folders.append(word)
             continue
-        key, given, value = word.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
+        name, given, value = word.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if key in options:
+            raise BadParameter(f"--{name} is given twice")
         if key in SEVERAL and not given:
-            options[key] = []
-            while rest and not rest[0].startswith("--") and (one := SEVERAL[key](rest[0])) is not None:
-                options[key].append(one)
-                rest.pop(0)
-            if not options[key]:
-                raise BadParameter(f"{word} is followed by nothing that it takes; expected one for each adapter, as in --weights 0.7 0.3")
-        elif not given and not rest:
-            raise BadParameter(f"{word} has no value")
+            options[key] = _several(word, rest)
+        elif not given and (not rest or rest[0].startswith("--")):
+            raise BadParameter(f"--{name} has no value; options are given as in --density 0.2, and --list shows them")
         else:
             options |= parse_flags([f"--{key}={value if given else rest.pop(0)}"])
+            if key in SEVERAL and not isinstance(options[key], list):
+                options[key] = [options[key]]
     return folders, options
+
+
+def _several(flag: str, rest: list[str]) -> list[Any]:
+    """The values that a flag takes from the words after it."""
+    found = list[Any]()
+    while rest and not rest[0].startswith("--") and (one := SEVERAL[flag.removeprefix("--")](rest[0])) is not None:
+        found.append(one)
+        rest.pop(0)
+    if not found:
+        what = f"by {rest[0]!r}, which it does not take" if rest else "by nothing"
+        raise BadParameter(f"{flag} is followed {what}; expected one for each adapter, as in {flag} {EXAMPLES[flag.removeprefix('--')]}")
+    return found
 
 
 def _number(word: str) -> float | None:
@@ -90,8 +223,13 @@ def _number(word: str) -> float | None:
         return None
 
 
-SEVERAL: dict[str, Callable[[str], Any]] = {"weights": _number, "stats": str}
+def _file(word: str) -> str | None:
+    return None if Path(word).is_dir() else word
+
+
+SEVERAL: dict[str, Callable[[str], Any]] = {"weights": _number, "stats": _file}
 """Flags that take more than one value, and what makes a value of a word; None: it is none."""
+EXAMPLES = {"weights": "0.7 0.3", "stats": "a.safetensors b.safetensors"}
 
 
 def print_result(record: dict[str, Any], sites: int) -> None:

@@ -61,11 +61,12 @@ def mix_search(
     adapters = [load_adapter(folder, model=base, lazily=True) for folder in folders]
     found = finder.find(base, adapters, objective, force=force, **options)
     adapter = found.adapter if rank is None else mix([found.adapter], "svd", weights=[1.0], rank=rank, force=force)
+    cut = None if rank is None else loss_of(adapter, objective, base, force=force)
     judged = None if judge is None else {"base": mean_loss(judge, base), "mixture": loss_of(adapter, judge, base, force=force)}
     save_adapter(adapter, out)
     if as_json:
-        return print_json(found, judged)
-    print_found(folders, found, judged)
+        return print_json(found, cut, judged)
+    print_found(folders, found, cut, judged)
     print("adapter:", out)
 
 
@@ -76,13 +77,14 @@ def _rows(source: str, split: Any) -> Any:
     return load_rows(source, split, valid=source)
 
 
-def print_json(found: Any, judged: dict[str, float] | None) -> None:
+def print_json(found: Any, cut: float | None, judged: dict[str, float] | None) -> None:
     """Everything that was tried."""
     tried = [{"weights": one.weights, "loss": one.loss, "score": one.score} for one in found.tried]
-    print(json.dumps({"weights": found.weights, "loss": found.loss, "base": found.base, "eval": judged, "tried": tried}, indent=1))
+    facts = {"weights": found.weights, "loss": found.loss, "cut": cut, "base": found.base, "eval": judged, "tried": tried}
+    print(json.dumps(facts, indent=1))
 
 
-def print_found(folders: Sequence[str], found: Any, judged: dict[str, float] | None) -> None:
+def print_found(folders: Sequence[str], found: Any, cut: float | None, judged: dict[str, float] | None) -> None:
     """The weights, and what they are worth."""
     from rich.console import Console
     from rich.table import Column, Table
@@ -95,6 +97,8 @@ def print_found(folders: Sequence[str], found: Any, judged: dict[str, float] | N
     Console().print(table)
     base = "" if found.base is None else f" (base {found.base:.4f})"
     print(f"loss on the examples: {found.loss:.4f}{base}, {len(found.tried)} evaluations")
+    if cut is not None:
+        print(f"loss on the examples after the cut: {cut:.4f}")
     if judged is not None:
         verdict = "" if judged["mixture"] < judged["base"] else ": the mixture does not help"
         print(f"loss on the other examples: {judged['mixture']:.4f} (base {judged['base']:.4f}){verdict}")

@@ -10,7 +10,9 @@ from rich.table import Column, Table
 from lorakit.cli.flags import parse_flags
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-STRINGS = frozenset({"model", "method", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task", "quantize"})
+STRINGS = frozenset(
+    {"model", "method", "init_adapter", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task", "quantize"}
+)
 SEVERAL = frozenset({"train_data", "eval_data"})
 
 
@@ -44,7 +46,8 @@ def train(
     from lorakit.train.train import train as run
 
     result = run(settings, quiet=quiet)
-    print(f"{settings.method} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s")
+    name = result.method or settings.method
+    print(f"{name} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s")
     report = Table(box=None)
     for name in result.final:
         report.add_column(f"eval {name}")

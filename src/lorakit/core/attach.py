@@ -17,16 +17,16 @@ from lorakit.core.calibrate import Calibration, observe
 from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
 from lorakit.core.delta import Delta
-from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, NotExportable, NotMergeable, did_you_mean
+from lorakit.core.errors import BadParameter, Incompatible, NotExportable, NotMergeable, did_you_mean
 from lorakit.core.events import Assembled, Calibrated, Init
-from lorakit.core.fingerprint import Fingerprint, fingerprint
+from lorakit.core.fingerprint import Fingerprint, check_base, fingerprint
 from lorakit.core.fresh import branch_at, not_both, shared_of, sites_for, take_
 from lorakit.core.layer import Branch, Slot
 from lorakit.core.method import Method
 from lorakit.core.params import Param, ParamTable
 from lorakit.core.pause import paused
 from lorakit.core.places import Places
-from lorakit.core.prepare import Prepare, leave_context, own_modules
+from lorakit.core.prepare import Prepare, leave_context, own_modules, tied_modules
 from lorakit.core.shared import Patch, Shared, take_shapes
 from lorakit.core.site import MODULES, ROOT, Beyond, Site, Where, sites_of, strange_stacks, weight_shape
 from lorakit.core.unfreeze import Unfrozen, stop_casting, unfreeze
@@ -238,7 +238,7 @@ class Adapted:
             if branch.bias() is not None and branch.base.bias is None:
                 raise NotMergeable(f"{branch.site.name} has no bias to merge the adapter's into; keep the adapter attached")
             branch.expel()
-        tied = _tied_modules(self.model)
+        tied = tied_modules(self.model)
         for slot in self._places.of(*self.active):
             base = slot.base
             wide = torch.promote_types(base.dtype, torch.float32)
@@ -338,7 +338,7 @@ class Adapted:
 
     def _survey(self) -> None:
         """Look through the model, once for all adapters."""
-        self._sites, self._strange, self._twins = sites_of(self.model), strange_stacks(self.model), _tied_modules(self.model)
+        self._sites, self._strange, self._twins = sites_of(self.model), strange_stacks(self.model), tied_modules(self.model)
         self._vocabulary = [s for s in self._sites if s.role in ("embed", "head") and s.kind in MODULES and s.rows is None]
 
     def _check_name(self, name: str) -> None:
@@ -543,16 +543,6 @@ def _tensors(branch: Branch, *, keep_vars: bool = False) -> dict[str, Tensor]:
     return {f"{branch.site.name}.{k}": v for part in parts for k, v in part.state_dict(keep_vars=keep_vars).items()}
 
 
-def _tied_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules whose `weight` is also another module's."""
-    owners: dict[int, set[nn.Module]] = {}
-    for module in own_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), set()).add(module)
-    return {m for modules in owners.values() if len(modules) > 1 for m in modules}
-
-
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", force: bool = False) -> Adapted:
     """Attach a saved adapter (lorakit's own or a PEFT folder). Raises AdapterMismatch for a base of other shapes, always, and for one of
     other weights unless `force`."""
@@ -573,12 +563,3 @@ def attach_adapter(model: nn.Module, adapter: Adapter, *, name: str = "default",
     except BaseException:
         adapted.detach()
         raise
-
-
-def check_base(adapter: Adapter, found: Fingerprint, *, force: bool) -> None:
-    """Raise AdapterMismatch when the adapter was trained on other weights."""
-    recorded = adapter.meta.get("base")
-    if recorded and not force:
-        made_for = Fingerprint(**recorded)
-        if made_for.matches(found) is False:
-            raise AdapterMismatch(f"the adapter was trained on {made_for}, but this model is {found}; force=True (--force) loads it anyway")

@@ -13,10 +13,15 @@ import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lorakit.core.errors import AdapterMismatch
+
+if TYPE_CHECKING:
+    from lorakit.core.adapter import Adapter
 
 SAMPLE = 256
 
@@ -103,3 +108,12 @@ def _tensors(file: Path) -> list[tuple[str, str, str, str]]:
                 digest.update(f.read(min(SAMPLE, stop - at)))
             out.append((name, info["dtype"], str(info["shape"]), digest.hexdigest()))
     return out
+
+
+def check_base(adapter: "Adapter", found: Fingerprint, *, force: bool) -> None:
+    """Raise AdapterMismatch when the adapter was trained on other weights."""
+    recorded = adapter.meta.get("base")
+    if recorded and not force:
+        made_for = Fingerprint(**recorded)
+        if made_for.matches(found) is False:
+            raise AdapterMismatch(f"the adapter was trained on {made_for}, but this model is {found}; force=True (--force) loads it anyway")

@@ -56,3 +56,13 @@ def leave_context(model: nn.Module, cell: Cell) -> None:
         if getattr(func, "keywords", {}).get("context_fn") == cell.checkpoint_contexts:
             rest = {k: v for k, v in func.keywords.items() if k != "context_fn"}  # type: ignore[union-attr]
             module._gradient_checkpointing_func = functools.partial(func.func, *func.args, **rest)  # type: ignore[union-attr, assignment]
+
+
+def tied_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules whose `weight` is also another module's."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in own_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), set()).add(module)
+    return {m for modules in owners.values() if len(modules) > 1 for m in modules}

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lorakit.core.errors import NoSuchSite, did_you_mean
+from lorakit.core.errors import AdapterMismatch, NoSuchSite, did_you_mean
 from lorakit.core.experts import stack_shape, stacked
 from lorakit.core.generated import plain_type
 from lorakit.core.router import routes
@@ -278,3 +278,16 @@ def _qkv_rows(model: nn.Module, site: Site) -> dict[str, tuple[range, ...]]:
         return {}
     q, k = heads * d, (heads + kv) * d
     return {"q": (range(q),), "k": (range(q, k),), "v": (range(k, site.d_out),)}
+
+
+def check_sites(sites: Iterable[Site], model: nn.Module) -> None:
+    """Raise AdapterMismatch unless the model has every one of an adapter's sites, in its shape."""
+    there = {site.name: site for site in sites_of(model)}
+    for site in sites:
+        found = there.get(site.name)
+        if found is None:
+            raise AdapterMismatch(f"the adapter has the site {site.name}, the model has no such weight; is it the adapter's base?")
+        if (found.d_out, found.d_in, found.experts) != (site.d_out, site.d_in, site.experts):
+            raise AdapterMismatch(
+                f"{site.name} is {site.d_out} × {site.d_in} in the adapter and {found.d_out} × {found.d_in} in the model; is it its base?"
+            )

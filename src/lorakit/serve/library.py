@@ -142,10 +142,10 @@ class Library:
         """All of them by name."""
         return {name: self.adapter(name) for name in self.names}
 
-    def export(self, names: Sequence[str], how: str = "mixture") -> Adapter:
+    def export(self, names: Sequence[str], how: str = "mixture", *, force: bool = False) -> Adapter:
         """What these adapters are together with weights 1/k, as one plain LoRA. Raises as `mix` does."""
         way, few = _way(how, len(names))
-        return mix([self.adapter(name) for name in names[:few]], "linear", weights=[1 / few] * few, space=way.space)
+        return mix([self.adapter(name) for name in names[:few]], "linear", weights=[1 / few] * few, space=way.space, force=force)
 
     def attach(
         self, model: nn.Module, queries: Tensor, k: int = 3, *, how: str = "mixture", without: Collection[str] = (), force: bool = False
@@ -183,12 +183,21 @@ def open_library(folder: str | Path) -> Library:
     return Library(folder, manifest.encoder, manifest.model, tuple(manifest.entries), embeddings.float())
 
 
-def add(folder: str | Path, name: str, adapter: Adapter, texts: Sequence[str], encoder: Encoder, *, model: str | None = None) -> Library:
+def add(
+    folder: str | Path,
+    name: str,
+    adapter: Adapter,
+    texts: Sequence[str],
+    encoder: Encoder,
+    *,
+    model: str | None = None,
+    force: bool = False,
+) -> Library:
     """Copy an adapter into a library, made if need be, under a name, with the mean vector of `texts`, inputs of its task.
 
     One writer a folder. `model`: the base's name, for an adapter that does not say it.
 
-    Raises BadParameter, AdapterMismatch for another encoder or base.
+    Raises BadParameter, AdapterMismatch for another encoder, or (unless `force`) for another base than the first adapter's.
     """
     folder = Path(folder)
     before = open_library(folder) if locate(folder, MANIFEST) is not None else None
@@ -197,7 +206,7 @@ def add(folder: str | Path, name: str, adapter: Adapter, texts: Sequence[str], e
     if not texts:
         raise BadParameter(f"no sample input of {name!r} was given; expected a handful")
     if before is not None:
-        _check_new(before, name, adapter, encoder)
+        _check_new(before, name, adapter, encoder, force)
     vector = encoder.encode(texts).double().mean(0, keepdim=True).float()
     if not vector.isfinite().all():
         raise BadParameter(f"the encoder makes no finite vector of the samples of {name!r}")
@@ -227,12 +236,13 @@ INPUTS: dict[Shape, Callable[[Row], str]] = {
 }
 
 
-def _check_new(library: Library, name: str, adapter: Adapter, encoder: Encoder) -> None:
+def _check_new(library: Library, name: str, adapter: Adapter, encoder: Encoder, force: bool) -> None:
     if name in library.names:
         raise BadParameter(f"{library.folder} has an adapter {name!r} already; choose another name (--name)")
     _check_encoder(library, encoder)
-    first = library.names[0]
-    check_same_base({first: library.adapter(first).meta, name: adapter.meta})
+    if not force:
+        first = library.names[0]
+        check_same_base({first: library.adapter(first).meta, name: adapter.meta})
 
 
 def _check_encoder(library: Library, encoder: Encoder) -> None:

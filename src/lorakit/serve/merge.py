@@ -9,12 +9,15 @@ small as its base was, but loses what lies between two levels, often most of the
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.errors import BadParameter, CheckpointError, NotMergeable
 from lorakit.parts.bases.quantize import quantize
@@ -83,8 +86,7 @@ def merge(
     target = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise BadParameter(f"dtype {dtype!r} cannot hold a merged model; expected {', '.join(DTYPES)}")
-    if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{target} exists and is not empty; give another --out")
+    check_new(target)
     spec = base_storage(folder)
     if requantize and spec is None:
         raise BadParameter("the adapter's base is not quantized: there is no storage to pack the merged model into; leave out --requantize")
@@ -98,13 +100,11 @@ def merge(
     plain = opened.adapted.merge_and_unload()
     with torch.no_grad():
         after = [logits(plain, ids) for ids in probe]
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(target) as partial:
         rounded = plain if dtype == "float32" else plain.to(getattr(torch, dtype))
         if requantize:
             rounded = quantize(rounded, spec)
-        _save(rounded, opened, partial)
+        save_model(rounded, opened.tokenizer, partial)
         verdict = _verdict(opened, rounded, partial, probe, before, after, dtype, tolerance, notes, requantize) if verify else None
         if verdict is not None and not verdict.ok:
             raise NotMergeable(
@@ -112,15 +112,30 @@ def merge(
                 f"{verdict.target_max_abs_diff:.2e} in {dtype}; "
                 f"tolerance {tolerance:.0e}. Nothing was written; --tolerance accepts more"
             )
+    return verdict
+
+
+def check_new(target: Path) -> None:
+    """Raise CheckpointError where something lies already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty; give another --out")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside it to write a model into, which takes its place where all went well. Raises CheckpointError."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmdir()
         partial.rename(target)
     except OSError as error:
-        raise CheckpointError(f"cannot write the merged model to {target}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot write the model to {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return verdict
 
 
 def probes(opened: Opened) -> list[Tensor]:
@@ -138,9 +153,10 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return result
 
 
-def _save(model: nn.Module, opened: Opened, folder: Path) -> None:
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As plain Transformers reads it."""
     model.save_pretrained(folder)  # type: ignore[operator]
-    opened.tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _verdict(

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lorakit.adapters.mix.parts import Sources
 from lorakit.core.adapter import Adapter
-from lorakit.core.attach import Adapted, check_base
+from lorakit.core.attach import Adapted
 from lorakit.core.context import Ctx
 from lorakit.core.delta import stack
 from lorakit.core.errors import AdapterMismatch, BadParameter, Incompatible, did_you_mean
+from lorakit.core.fingerprint import check_base
 from lorakit.core.method import Method
 from lorakit.core.scale import Rank
 from lorakit.core.shared import Shared

@@ -25,6 +25,9 @@ class TrainConfig(pydantic.BaseModel):
 
     model: str = Field(BUNDLED, description="a local folder, a Hub name, or 'bundled'")
     method: str = Field("lora", description="any id of `lorakit list`; its parameters are keys too")
+    init_adapter: str | None = Field(
+        None, description="a saved adapter (lorakit's or PEFT's folder) to start from; method and its parameters are then the adapter's own"
+    )
     train_data: str | tuple[str, ...] = Field(
         "", description="JSONL, text file, folder, builtin:<task>/<kind>, or hf:<name>; several: tasks in sequence"
     )

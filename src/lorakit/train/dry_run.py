@@ -52,6 +52,7 @@ def dry_run(config: TrainConfig) -> Preview:
     here = world()
     parts = build(config.model_copy(update={"torch_compile": False}), here)
     adapted, data = parts.adapted, parts.data
+    config = parts.config.model_copy(update={"torch_compile": config.torch_compile})
     table = adapted.params()
     per_site: Counter[str] = Counter()
     for row in table:

@@ -411,11 +411,13 @@ class Result:
     notes: list[str] = field(default_factory=list)
     tasks: list[list[Figures]] = field(default_factory=list)
     """Of tasks in sequence: task i's figures after task t, [t][i]."""
+    method: str = ""
+    """That which was trained: init_adapter's own, where there was one."""
 
     def write(self) -> None:
         """result.json, whose presence says that the run is complete."""
         facts = {"steps": self.steps, "final": self.final, "trainable_params": self.trainable, "seconds": self.seconds, "notes": self.notes}
-        text = json.dumps(facts | ({"tasks": self.tasks} if self.tasks else {}), indent=1)
+        text = json.dumps(facts | {"method": self.method} | ({"tasks": self.tasks} if self.tasks else {}), indent=1)
         partial = self.out / "result.json.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.out / "result.json")

@@ -24,6 +24,7 @@ from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
 from lorakit.train.allocator import keep_freed_memory
 from lorakit.train.attention import segment_attention
+from lorakit.train.beginning import Beginning, beginning
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.compile import CompiledLayers, compile_layers
 from lorakit.train.compile_choice import choose
@@ -50,6 +51,8 @@ class Parts:
     """Why its layers are compiled, or not; nothing where the configuration says it."""
     undo: Callable[[], None]
     """Gives the model its own attention back."""
+    begun: Beginning | None = None
+    """The saved adapter that it goes on from."""
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> Result:
@@ -69,8 +72,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     parts = build(config, here, state)
     if parts.choice and here.main and not quiet:
         print(f"torch_compile: {parts.choice}", file=sys.stderr, flush=True)
+    same_start(out, parts.begun)
     run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet, compiled=parts.compiled)
-    claim(out, config, here)
+    claim(out, config, here, parts.begun)
     if state is not None:
         run.load_state(state)
     try:
@@ -85,17 +89,20 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
     seed_everything(config.seed)
     tasks = read_tasks(config)
     rows = tasks[0]
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     model = load_model(config.model, task=rows.task, dtype=config.dtype, labels=rows.labels)
+    begun = beginning(config, model, rows.labels)
+    if begun is not None:
+        config = begun.settled(config)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    method = with_head(config, model, rows.task)
+    method = with_head(config, model, rows.task, begun)
     if (spec := NF4Spec() if config.quantize == "nf4" else method.base) is not None:
         quantize(model, spec)  # before attach, which would keep the original weights, and before they need room on the device
     model = model.to(here.device)
     data = make_data(tasks, config, tokenizer, model, method)
-    adapted = begin(model, method, data, config, here, None if state is None else state["adapter"])
-    adapted.meta = describe_run(config, data, tokenizer)
+    adapted = begin(model, method, data, config, here, None if state is None else state["adapter"], begun)
+    adapted.meta = describe_run(config, data, tokenizer) | ({} if begun is None else {"init_adapter": begun.provenance()})
     with adapted.given(step=0):  # whose memo of the probe is forgotten with it
         undo = segment_attention(model)
     if config.gradient_checkpointing:
@@ -104,13 +111,21 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
     compiled = compile_layers(model, required=choice.required, dynamic=choice.dynamic) if choice.on else None
     if here.sharded:
         shard(model, adapted.params())
-    return Parts(adapted, tokenizer, data.filled() if choice.on else data, config, compiled, choice.why, undo)
+    return Parts(adapted, tokenizer, data.filled() if choice.on else data, config, compiled, choice.why, undo, begun)
 
 
 def begin(
-    model: nn.Module, method: Method, data: TrainData, config: TrainConfig, here: World, trained: Mapping[str, Tensor] | None
+    model: nn.Module,
+    method: Method,
+    data: TrainData,
+    config: TrainConfig,
+    here: World,
+    trained: Mapping[str, Tensor] | None,
+    begun: Beginning | None,
 ) -> Adapted:
     """Attach the method. What started from data is not started again when it is resumed: its sites and shapes are in its tensors."""
+    if begun is not None:
+        return begun.attached(model, method, seed=config.seed)
     if not isinstance(method.init, Calibrated):
         return attach(model, method, seed=config.seed)
     if trained is None:
@@ -121,9 +136,10 @@ def begin(
     return Adapted(model, seed=config.seed).add("default", Adapter(method.recipe, sites, trained))
 
 
-def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
-    """The method; for classification the new head is trained whole, unless the user said what to unfreeze."""
-    if task != CLASSIFY or "unfreeze" in config.method_args:
+def with_head(config: TrainConfig, model: nn.Module, task: str, begun: Beginning | None = None) -> Method:
+    """The method; for classification the new head is trained whole, unless the user said what to unfreeze, or the adapter brings one."""
+    head = head_of(model) if begun is None else begun.lacks(model)
+    if task != CLASSIFY or not head or (begun is None and "unfreeze" in config.method_args):
         return config.build_method()
     known = describe(config.method).parameters
     if "unfreeze" not in known:
@@ -131,7 +147,8 @@ def with_head(config: TrainConfig, model: nn.Module, task: str) -> Method:
             f"{config.method} trains no module whole, and the head of a classifier is new: it would stay random; "
             "give the classes as text to answer with (chat or completion rows), or choose another method"
         )
-    return get_method(config.method, **config.method_args, unfreeze=(*known["unfreeze"].default, *head_of(model)))
+    others = config.method_args.get("unfreeze", known["unfreeze"].default)
+    return get_method(config.method, **(config.method_args | {"unfreeze": (*others, *head)}))
 
 
 def make_data(
@@ -187,11 +204,23 @@ def earlier(out: Path, config: TrainConfig, here: World) -> Result | None:
     return read_result(out)
 
 
-def claim(out: Path, config: TrainConfig, here: World) -> None:
+def same_start(out: Path, begun: Beginning | None) -> None:
+    """Raise BadParameter where `out` holds a run that began with another adapter, though its folder is called the same."""
+    record = out / "run.json"
+    saved = json.loads(record.read_text(encoding="utf-8")).get("init_adapter") if record.exists() else None
+    if saved is not None and begun is not None and saved != begun.facts():
+        raise BadParameter(
+            f"cannot resume {out}: {begun.folder} is not the adapter any more that the run began with; bring that one back, "
+            "or use another --output-dir"
+        )
+
+
+def claim(out: Path, config: TrainConfig, here: World, begun: Beginning | None) -> None:
     """Make `out` this run's folder, once everything that the user typed has proved right."""
     record = out / "run.json"
     if here.main and not record.exists():
         facts = {"config": config.identity(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts |= {} if begun is None else {"init_adapter": begun.facts()}
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         partial.replace(record)
@@ -203,13 +232,14 @@ def read_result(out: Path) -> Result | None:
     if not file.exists():
         return None
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return Result(out, saved["steps"], saved["final"], saved["trainable_params"], saved["seconds"], saved["notes"], saved.get("tasks", []))
+    figures = saved["steps"], saved["final"], saved["trainable_params"], saved["seconds"]
+    return Result(out, *figures, saved["notes"], saved.get("tasks", []), saved.get("method", ""))
 
 
 def _finish(parts: Parts, run: Run, out: Path, final: dict[str, float], seconds: float) -> Result:
     adapted = parts.adapted
     adapted.meta |= {"metrics": final, "steps": run.at.step}
-    result = Result(out, run.at.step, final, run.table.numel(), round(seconds, 2), adapted.notes, run.at.borders)
+    result = Result(out, run.at.step, final, run.table.numel(), round(seconds, 2), adapted.notes, run.at.borders, parts.config.method)
     if run.world.main:
         adapted.save(out / "adapter")
         rows = read_log(out / "metrics.jsonl")

@@ -30,6 +30,12 @@ def random_adapter(sizes: Sizes, *, method: str = "lora", seed: int = 0, base: d
     return Adapter(made.recipe, sites, tensors, {} if base is None else {"base": base})
 
 
+def without_rank(adapter: Adapter, name: str) -> Adapter:
+    """One site's pair of rank 0, which methods of varying rank (EVA) may leave."""
+    A, B = adapter.tensors[f"{name}.A"], adapter.tensors[f"{name}.B"]
+    return Adapter(adapter.recipe, adapter.sites, {**adapter.tensors, f"{name}.A": A[:0], f"{name}.B": B[:, :0]}, adapter.meta)
+
+
 def resplit(adapter: Adapter, *, seed: int = 9) -> Adapter:
     """The same updates, split otherwise: A → G A, B → B G⁻¹."""
     rng, tensors = torch.Generator().manual_seed(seed), dict(adapter.tensors)

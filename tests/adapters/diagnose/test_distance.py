@@ -16,7 +16,7 @@ from lorakit.adapters.diagnose.update import Update
 from lorakit.adapters.io import load_adapter
 from lorakit.adapters.pair import change
 from lorakit.core.errors import AdapterMismatch, BadParameter, NoSuchSite, NotExportable
-from tests.adapters.diagnose.subject import BASE, dense, random_adapter, reference, resplit
+from tests.adapters.diagnose.subject import BASE, dense, random_adapter, reference, resplit, without_rank
 from tests.adapters.subject import shaken, tiny_model
 
 SIZES = {"x.q": (6, 5), "x.v": (4, 5), "x.up": (9, 3)}
@@ -147,6 +147,7 @@ def test_of_many_every_pair_as_if_alone():
         assert (p.only_a, p.only_b) == (alone.only_a, alone.only_b)
     for figure, own in DIAGONAL.items():
         matrix = found.matrix(figure)
+        assert (own is None) == ("chance" in figure)
         assert [matrix[i][i] for i in range(3)] == [own] * 3
         assert matrix[2][0] == matrix[0][2] == found.pairs[1].total.figures[figure]
 
@@ -213,6 +214,16 @@ def test_a_method_that_rescales_needs_the_model():
         figures(a, b, model=tiny_model("llama", hidden_size=64))
 
 
+def test_a_site_without_rank_is_one_without_an_update():
+    a, b = (random_adapter(SIZES, method="eva", seed=seed) for seed in (1, 2))
+    for one, other in ((a, without_rank(b, "x.v")), (without_rank(a, "x.v"), without_rank(b, "x.v"))):
+        (pair,) = distance({"a": one, "b": other}).pairs
+        assert set(pair.sites["x.v"].figures.values()) == {None}
+        alone = distance({"a": one, "b": other}, where=["q", "up"]).pairs[0].total
+        assert pair.total.inner == alone.inner
+        assert (pair.total.square_a > alone.square_a) == (one is a)
+
+
 def test_what_was_trained_whole_is_named():
     a, b = (real("llama", "lora", seed, unfreeze=("norm",)) for seed in (1, 2))
     assert "a: 1 tensors trained whole are left out (model.norm.weight, …)" in distance({"a": a, "b": b}).notes
@@ -263,7 +274,7 @@ def test_nan_is_named():
 
 
 def test_one_adapter_has_no_distance():
-    with pytest.raises(BadParameter, match="1 adapters are given; a distance needs at least two"):
+    with pytest.raises(BadParameter, match="a distance needs at least two adapters; given: 1"):
         distance({"a": random_adapter(SIZES)})
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lorakit.adapters.diagnose.spectrum import effective_rank, likeness, rank_of, spectra, spectra_of_tuning
 from lorakit.adapters.diagnose.update import factored
+from lorakit.adapters.inspect import inspect_adapter
 from lorakit.adapters.io import load_adapter
 from lorakit.core.delta import Factors
 from lorakit.core.errors import AdapterMismatch, BadParameter
-from tests.adapters.diagnose.subject import dense, random_adapter, resplit
+from tests.adapters.diagnose.subject import dense, random_adapter, resplit, without_rank
 from tests.adapters.subject import made_by_peft, quiet, shaken, tiny_model
 
 
@@ -48,6 +49,7 @@ def test_ranks_of_known_spectra():
     flat = torch.ones(20)
     assert (rank_of(flat, 0.9), rank_of(flat, 1.0), effective_rank(flat)) == (18, 20, pytest.approx(20))
     assert rank_of(torch.tensor([3.0, 1.0]), 0.9) == 1
+    assert effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(0.9**-0.9 * 0.1**-0.1)
     assert rank_of(torch.tensor([3.0, 1.0]), 0.91) == 2
     assert (rank_of(torch.zeros(0), 0.9), effective_rank(torch.zeros(0)), effective_rank(torch.zeros(3))) == (0, 0.0, 0.0)
 
@@ -113,6 +115,14 @@ def test_of_experts_each_and_of_parts_their_own_rows():
     after = torch.linalg.svd(W + delta.weight().double()).U[:, :10]
     expected = (torch.linalg.svd(W).U.T @ after).abs().amax(0)
     torch.testing.assert_close(torch.tensor(found.cosines, dtype=torch.float64), expected, atol=1e-3, rtol=0)
+
+
+def test_of_no_rank_there_is_no_spectrum_and_nothing_strange():
+    adapter = without_rank(random_adapter({"x.q": (6, 7)}, method="eva"), "x.q")
+    (found,) = spectra(adapter, intruders=False).sites
+    assert found.singular_values == []
+    assert [found.figures[name] for name in ("norm", "rank", "rank90", "stable_rank", "effective_rank")] == [0.0, 0, 0, 0.0, 0.0]
+    assert inspect_adapter(adapter).sites[0].norm == 0.0
 
 
 def test_a_method_without_factors():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.adapters.diagnose.subspace import SPACES, overlaps, phi
 from lorakit.core.errors import AdapterMismatch, BadParameter, NotExportable
-from tests.adapters.diagnose.subject import dense, random_adapter, resplit
+from tests.adapters.diagnose.subject import dense, random_adapter, resplit, without_rank
 from tests.adapters.subject import shaken, tiny_model
 
 
@@ -137,7 +137,12 @@ def test_every_weight_that_both_change():
     assert [s.name for s in found.sites] == [s.name for s in a.sites]
     assert {s.ranks for s in found.sites} == {(2, 3)}
     assert {s.d for s in found.sites} == {32}
+    assert {s.chance for s in found.sites} == {3 / 32}
     assert [s.role for s in overlaps({"a": a, "b": b}, where=["v_proj"]).sites] == ["v", "v"]
+    first = "model.layers.0.self_attn.k_proj"
+    assert found.notes == [f"4 weights only in b are left out ({first}, …)"]
+    assert overlaps({"b": b, "a": a}).notes == found.notes
+    assert overlaps({"a": a, "b": b}, where=["v_proj"]).notes == []
     out = Console(file=io.StringIO(), width=140)
     out.print(found.table())
     assert "2×3" in out.file.getvalue()
@@ -155,16 +160,28 @@ def test_of_experts_each():
 
 def test_an_update_of_zero_has_no_directions():
     a, b = pair()
-    found = only(a, replace(b, tensors={k: torch.zeros_like(t) for k, t in b.tensors.items()}))
-    assert (found.grid, found.ranks) == ([], (0, 0))
+    zero = replace(b, tensors={k: torch.zeros_like(t) for k, t in b.tensors.items()})
+    found = only(a, zero)
+    assert (found.grid, found.ranks, found.chance) == ([], (2, 0), None)
+    out = Console(file=io.StringIO(), width=140)
+    out.print(overlaps({"z": zero, "a": a}).table())
+    (row,) = [line for line in out.file.getvalue().splitlines() if "x.q" in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")][2:] == ["0×2", "-", "-", "-"]
     assert overlaps({"a": a, "b": a}).table().row_count == 1
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_of_no_rank_there_are_no_directions_either(space):
+    a = random_adapter({"x.q": (6, 7), "x.v": (5, 7)}, method="eva", r=3)
+    b = without_rank(a, "x.q")
+    assert [s.ranks for s in overlaps({"a": a, "b": b}, space=space).sites] == [(3, 0), (3, 3)]
 
 
 def test_bad_input():
     a, b = pair()
     with pytest.raises(BadParameter, match=r"there is no space 'row'. Did you mean 'rows'\?"):
         overlaps({"a": a, "b": b}, space="row")
-    with pytest.raises(BadParameter, match="3 adapters are given"):
+    with pytest.raises(BadParameter, match="of two adapters; given: 3"):
         overlaps({"a": a, "b": b, "c": b})
     with pytest.raises(AdapterMismatch, match="no weight in common"):
         overlaps({"a": a, "b": random_adapter({"y": (6, 7)})})

@@ -1,5 +1,6 @@
 """`mix` on adapters of real models: methods, ranks, sites, provenance, and what it refuses."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -161,6 +162,8 @@ def test_weights_trained_whole_are_refused() -> None:
         ({"how": "ties", "density": 0.0}, r"ties: density=0.0: Input should be greater than 0"),
         ({"how": "ties", "density": 1.5}, r"ties: density=1.5: Input should be less than or equal to 1"),
         ({"how": "svd", "rank": -1}, r"svd: rank=-1"),
+        ({"seed": 2**63}, r"seed=9223372036854775808; expected a number from 0 to 2\*\*63 - 1"),
+        ({"seed": -1}, "seed=-1; expected"),
         ({"weights": [1.0]}, "1 weights for 2 adapters; expected one each"),
         ({"weights": [1.0, math.inf]}, "weight inf is not a finite number"),
         ({"weights": [1.0, "a"]}, "weight 'a' is not a finite number"),
@@ -180,4 +183,4 @@ def test_no_adapter_at_all() -> None:
 
 def test_adapters_that_change_nothing() -> None:
     with pytest.raises(BadParameter, match="the adapters change no weight at any site"):
-        mix([adapter()])
+        mix([dataclasses.replace(adapter(pair(1)), sites=(), tensors={})])

@@ -247,3 +247,15 @@ def test_pems_addition_negation_and_analogy() -> None:
     A = 0.6 * task.A + 0.4 * lm.A + 0.4 * other.A
     B = 0.6 * task.B + 0.4 * lm.B - 0.4 * other.B
     assert close(weight(analogy), 2.0 * B.double() @ A.double(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "value"), [("regmean", "gram", math.nan), ("fisher", "fisher", math.inf), ("fisher", "fisher", -1.0)]
+)
+def test_statistics_that_are_none(how: str, kind: str, value: float) -> None:
+    some = [pair(1), pair(2)]
+    stats = stats_for(how, some)
+    assert stats is not None
+    stats[1]["layers.0.q_proj"][0, 0] = value
+    with pytest.raises(BadParameter, match=f"the {kind} of adapter 2's task at layers.0.q_proj has entries that no {kind} has"):
+        mix([adapter(f) for f in some], how, stats=stats)

@@ -11,6 +11,8 @@ from lorakit.adapters.mix.recipe import made, read_recipe
 from lorakit.core.errors import BadParameter
 from tests.adapters.mix.values import adapter, close, pair, weight
 
+ALIASES = "".join(f"{a}: &{a} {{of: [{', '.join([b] * 8)}]}}\n" for a, b in ("ax", ("b", "*a"), ("c", "*b"), ("d", "*c"))) + "of: [*d, *d]"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -61,6 +63,25 @@ parameters: {density: 0.4, lambda: 0.5}
 
 
 @pytest.mark.parametrize(
+    ("theirs", "how", "options"),
+    [
+        ("linear", "average", {}),
+        ("linear, parameters: {normalize: false}", "linear", {}),
+        ("task_arithmetic", "task_arithmetic", {"scale": 1.0}),
+        ("ties", "ties", {"density": 1.0}),
+        ("ties, parameters: {density: 0.5, lambda: 0.3}", "ties", {"density": 0.5, "scale": 0.3}),
+        ("dare_linear", "dare_linear", {"density": 1.0}),
+    ],
+)
+def test_what_mergekits_files_leave_unsaid_is_as_it_is_there(folder: Path, theirs: str, how: str, options: dict[str, float]) -> None:
+    models = "[{model: adapters/a, parameters: {weight: 0.5}}, {model: adapters/b, parameters: {weight: 2}}]"
+    found = run(folder, f"{{merge_method: {theirs}, models: {models}}}")
+    assert close(found, weight(mix([adapter(pair(0)), adapter(pair(1))], how, weights=[0.5, 2.0], **options)), 1e-6)
+    alone = run(folder, f"{{merge_method: {theirs}, models: [{{model: adapters/a}}]}}")
+    assert close(alone, weight(mix([adapter(pair(0))], how, weights=[1.0], **options)), 1e-6)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("how: [", "is no YAML"),
@@ -74,6 +95,10 @@ parameters: {density: 0.4, lambda: 0.5}
         ("of: [adapters/a]\nparameters: [1]", r"parameters are '\[1\]'; expected names and values"),
         ("models: [{model: adapters/a, parameters: half}]", "parameters are 'half'; expected names and values"),
         ("models: [{model: adapters/a, parameters: {density: 0.5}}]", "'density' of a single model .adapters/a. is not known here"),
+        ("models: [{model: adapters/a, weight: 0.7}]", "'weight' stands beside the model adapters/a; .*under parameters"),
+        ("models: [adapters/a]\nof: [adapters/a]", "a mix has 'models' and 'of', which mean the same"),
+        ("", "recipe.yaml is empty"),
+        (ALIASES, "more than 4096 folders and mixes"),
         ("{of: [" * 20 + "a" + "]}" * 20, "nested more than 16 deep"),
     ],
 )

@@ -1,5 +1,7 @@
 """Learned composition's acceptance properties (arXiv:2402.15414)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from lorakit.core.errors import BadParameter
 from lorakit.train.weights import learned_composition
 from tests.adapters.subject import tiny_model
 from tests.train.weights.world import (
+    D_IN,
+    D_OUT,
     adapter,
     bits,
     close,
@@ -15,6 +19,7 @@ from tests.train.weights.world import (
     dense,
     distance,
     layer,
+    on_layer,
     predicts,
     same_bits,
     some,
@@ -112,6 +117,16 @@ def test_the_best_of_the_weights_passed_through_is_kept() -> None:
     )
     assert far.weights == [0.5, 0.5] and far.loss == far.tried[0].loss
     assert all(one.loss > far.loss for one in far.tried[1:])
+
+
+def test_the_rate_falls_linearly_to_nothing() -> None:
+    """Under a constant slope each of Adam's steps is as long as its rate."""
+    slope = torch.ones(D_OUT, D_IN, dtype=torch.float64)
+    found = learned_composition(
+        layer(), [adapter(update(0))], lambda m: [((on_layer(m) * slope).sum(), 1)], by="model", normalize="none", steps=4, lr=0.2
+    )
+    w = [one.weights[0][0] for one in found.tried]
+    assert [abs(b - a) for a, b in itertools.pairwise(w)] == pytest.approx([0.2, 0.15, 0.1, 0.05], rel=1e-4)
 
 
 def test_the_base_is_measured() -> None:

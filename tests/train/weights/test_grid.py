@@ -76,11 +76,19 @@ def test_of_equals_the_first() -> None:
     assert found.weights == [0.4]
 
 
+@pytest.mark.parametrize(("typed", "values"), [("0, 0.5,1", (0.0, 0.5, 1.0)), (0.5, (0.5,)), (2, (2.0,)), ([0, 1], (0.0, 1.0))])
+def test_a_grid_as_it_is_typed(typed: object, values: tuple[float, ...]) -> None:
+    found = control_pe(layer(), [adapter(update(0))], distance(dense(update(0))), values=typed)
+    assert tuple(one.weights[0][0] for one in found.tried) == values
+    with pytest.raises(BadParameter, match="grid: values='0;1': Input should be a valid number"):
+        control_pe(layer(), [adapter(update(0))], distance(dense(update(0))), values="0;1")
+
+
 def test_a_grid_that_is_too_large_and_one_that_is_empty() -> None:
     objective, calls = counted(predicts())
     with pytest.raises(BadParameter, match="11 values for 3 adapters are 1331 evaluations; give fewer values, or take lorahub"):
         control_pe(tiny_model("llama"), some(), objective)
-    with pytest.raises(BadParameter, match=r"grid: values=\(\): Tuple should have at least 1 item"):
+    with pytest.raises(BadParameter, match=r"grid: values=\(\): .* should have at least 1 item"):
         control_pe(tiny_model("llama"), some(), objective, values=())
     with pytest.raises(BadParameter, match="grid: values=.*finite"):
         control_pe(tiny_model("llama"), some(), objective, values=(0.0, float("nan")))

@@ -83,6 +83,7 @@ def test_an_unrelated_task_gets_a_fresh_adapter() -> None:
     start = init_from_mixture(layer(), old(), examples(unrelated, 0), how=FREE, judge=examples(unrelated, 1, 200), rank=3, seed=5)
     assert not start.helps and start.loss >= start.base
     assert start.adapter.meta["start"]["helps"] is False
+    assert not {"mix", "search", "metrics"} & start.adapter.meta.keys(), "it is made of nothing"
     f = start.adapter.factors()["w"]
     assert f.A.shape == (3, D_IN) and f.A.abs().min() > 0 and (f.B == 0).all()
     method = lorakit.get_method("lora", r=3, alpha=3.0, sites="w")
@@ -100,6 +101,13 @@ def test_the_start_is_the_mixture_cut_to_the_rank_and_no_component_is_dead(rank:
     assert close(dense(f), U[:, :q] * S[:q] @ Vh[:q], 1e-5)
     assert (f.A.norm(dim=1) > 1e-4).all()
     assert start.loss == pytest.approx(mean_loss_with(start.adapter, examples(NEW, 0)), rel=1e-5)
+
+
+def test_a_rank_larger_than_the_mixtures_is_filled_as_lora_starts() -> None:
+    start = init_from_mixture(layer(), old()[:2], examples(dense(TEACHERS[1]), 0), how=FREE, rank=7)
+    f = start.adapter.factors()["w"]
+    assert f.A.shape == (7, D_IN) and (f.B[:, 4:] == 0).all() and (f.A[4:].norm(dim=1) > 1e-2).all()
+    assert start.helps and close(dense(f), dense(start.found.adapter.factors()["w"]))
 
 
 def mean_loss_with(one: Adapter, objective: Objective) -> float:

@@ -12,7 +12,7 @@ from lorakit.train.weights.objective import gradient, mean_loss
 from lorakit.train.weights.weighed import together
 from tests.adapters.subject import logits, shaken, tiny_model
 from tests.laws.subject import not_fused
-from tests.train.weights.world import close, predicts, some, with_adapter
+from tests.train.weights.world import adapter, close, dense, layer, on_layer, predicts, some, update, with_adapter
 
 SPACES = ("delta", "factor", "factor:both")
 SUBJECTS = [
@@ -52,6 +52,15 @@ def test_one_weight_of_1_is_that_adapter_and_of_minus_1_its_opposite_or_in_the_p
         here.set_([[0.0, -1.0, 0.0]])
         assert close(logits(model), alone if space == "factor:both" else opposite)
     assert not close(alone, opposite, 1e-2)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_negative_scale_is_subtracted(space: str) -> None:
+    model, adapters = layer(), [adapter(update(0, s=-0.5)), adapter(update(1, s=2.0))]
+    with together(model, adapters, space=space) as here:  # type: ignore[arg-type]
+        here.set_([[0.7, -0.4]])
+        found = (on_layer(model) - model["w"].weight).detach()
+    assert close(found, dense(mix(adapters, weights=[0.7, -0.4], space=space).factors()["w"]))
 
 
 @pytest.mark.parametrize("space", SPACES)

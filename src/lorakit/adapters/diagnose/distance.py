@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from lorakit.adapters.diagnose.lineup import Place, lineup
+from lorakit.adapters.diagnose.lineup import Place, lineup, lone
 from lorakit.adapters.diagnose.update import Update
 from lorakit.adapters.diagnose.updates import Updates, beside
 from lorakit.core.adapter import Adapter
@@ -75,11 +75,11 @@ class Tally:
         }
 
 
-DIAGONAL = {
-    "cosine": 1.0, "row_overlap": 1.0, "row_chance": 1.0, "column_overlap": 1.0, "column_chance": 1.0, "sign_conflict": 0.0,
+DIAGONAL: Mapping[str, float | None] = {
+    "cosine": 1.0, "row_overlap": 1.0, "row_chance": None, "column_overlap": 1.0, "column_chance": None, "sign_conflict": 0.0,
     "weighted_conflict": 0.0,
 }  # fmt: skip
-"""Of an adapter and itself."""
+"""Of an adapter and itself, where nothing is left to chance."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def distance(
     Raises AdapterMismatch for different bases and for adapters without a common weight, NotExportable for what is no change of weights.
     """
     if len(adapters) < 2:
-        raise BadParameter(f"{len(adapters)} adapters are given; a distance needs at least two")
+        raise BadParameter(f"a distance needs at least two adapters; given: {len(adapters)}")
     sources = [Updates.of(adapter, model) for adapter in adapters.values()]
     places = lineup(adapters, where, force=force)
     couples = list(combinations(range(len(sources)), 2))
@@ -158,16 +158,16 @@ def distance(
     names = list(adapters)
     notes = [f"{name}: {note}" for name, adapter in adapters.items() for note in beside(adapter)]
     pairs = [_pair(names, i, j, places, tallies[i, j]) for i, j in couples]
-    return Distances(names, pairs, notes + [note for pair in pairs for note in _lone(pair)])
+    return Distances(names, pairs, notes + [note for pair in pairs for note in _zeros(pair)])
 
 
 def _pair(names: Sequence[str], i: int, j: int, places: Sequence[Place], tallies: Mapping[str, Tally]) -> Pair:
-    only_a, only_b = ([p.name for p in places if p.sites[one] and not p.sites[other]] for one, other in ((i, j), (j, i)))
+    only_a, only_b = lone(places, i, j), lone(places, j, i)
     both = {p.name: tallies[p.name] for p in places if p.sites[i] and p.sites[j]}
     return Pair(names[i], names[j], both, only_a, only_b, sum(tallies.values(), Tally()))
 
 
-def _lone(pair: Pair) -> list[str]:
+def _zeros(pair: Pair) -> list[str]:
     lists = ((pair.a, pair.b, pair.only_a), (pair.b, pair.a, pair.only_b))
     return [f"{len(names)} weights only in {one}, zero in {other} ({names[0]}, …)" for one, other, names in lists if names]
 

@@ -59,6 +59,11 @@ def lineup(adapters: Mapping[str, Adapter], where: Where | None = None, *, force
     return places
 
 
+def lone(places: Sequence[Place], i: int, j: int) -> list[str]:
+    """The weights that the i-th adapter changes and the j-th does not."""
+    return [place.name for place in places if place.sites[i] and not place.sites[j]]
+
+
 def _place(name: str, names: Sequence[str], found: list[list[Site]]) -> Place:
     first = next(site for own in found for site in own if site.name == name)
     for adapter, own in zip(names, found, strict=True):

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from lorakit.adapters.diagnose.lineup import lineup
+from lorakit.adapters.diagnose.lineup import lineup, lone
 from lorakit.adapters.diagnose.update import EXACT, Update
 from lorakit.adapters.diagnose.updates import Updates, beside
 from lorakit.core.adapter import Adapter
@@ -59,7 +59,7 @@ def _left(M: Tensor) -> Tensor:
     """Left singular vectors of a tall matrix, those of zeros left out."""
     U: Tensor
     U, S, _ = torch.linalg.svd(M, full_matrices=False)
-    return U[:, : int(S.gt(len(M) * EXACT * S.max()).sum())]
+    return U[:, : int(S.gt(len(M) * EXACT * S[:1]).sum())]
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,15 @@ class SiteOverlap:
     layer: int | None
     d: int
     """Dimension of the space that the directions lie in."""
+    ranks: tuple[int, int]
+    """(r_a, r_b): 0 of an update of zero."""
     grid: list[list[float]] = field(repr=False)
     """φ(i, j): r_a × r_b; empty where one of the updates is zero."""
 
     @property
-    def ranks(self) -> tuple[int, int]:
-        """(r_a, r_b)."""
-        return len(self.grid), len(self.grid[0]) if self.grid else 0
-
-    @property
-    def chance(self) -> float:
-        """What φ(r_a, r_b) is of spaces at random."""
-        return max(self.ranks) / self.d
+    def chance(self) -> float | None:
+        """What φ(r_a, r_b) is of spaces at random; None where there is no φ."""
+        return max(self.ranks) / self.d if self.grid else None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -111,8 +108,8 @@ class Overlaps:
         for column in ("d", "r_a × r_b", "φ(1, 1)", "φ(r_a, r_b)", "by chance"):
             table.add_column(column, justify="right")
         for s in self.sites:
-            ends = ("-", "-") if not s.grid else (f"{s.grid[0][0]:.3f}", f"{s.grid[-1][-1]:.3f}")
-            table.add_row(Text(s.name), str(s.d), "×".join(map(str, s.ranks)), *ends, f"{s.chance:.3f}")
+            figures = (s.grid[0][0], s.grid[-1][-1], s.chance) if s.grid else (None, None, None)
+            table.add_row(Text(s.name), str(s.d), "×".join(map(str, s.ranks)), *("-" if v is None else f"{v:.3f}" for v in figures))
         return table
 
 
@@ -126,17 +123,22 @@ def overlaps(
 ) -> Overlaps:
     """φ of two named adapters at every weight that both change; a stack of experts is one weight for each. Raises as `distance` does."""
     if len(adapters) != 2:
-        raise BadParameter(f"{len(adapters)} adapters are given; subspaces are compared of two")
+        raise BadParameter(f"subspaces are compared of two adapters; given: {len(adapters)}")
     if space not in SPACES:
         raise BadParameter(f"there is no space {space!r}. {did_you_mean(space, SPACES)}")
     (a, b), sources = adapters, [Updates.of(adapter, model) for adapter in adapters.values()]
     found = []
-    for place in lineup(adapters, where, force=force):
+    places = lineup(adapters, where, force=force)
+    for place in places:
         ones, others = (place.updates(i, updates) for i, updates in enumerate(sources))
         pairs = list(zip(ones, others, strict=True)) if ones and others else []
         names = [place.name] if len(pairs) == 1 else [f"{place.name}[{e}]" for e in range(len(pairs))]
         for name, (one, other) in zip(names, pairs, strict=True):
             U, V = SPACES[space](one), SPACES[space](other)
-            grid = phi(U, V).tolist() if U.shape[1] and V.shape[1] else []
-            found.append(SiteOverlap(name, place.role, place.layer, len(U), grid))
-    return Overlaps(a, b, space, found, [f"{name}: {note}" for name, adapter in adapters.items() for note in beside(adapter)])
+            ranks = (U.shape[1], V.shape[1])
+            found.append(SiteOverlap(name, place.role, place.layer, len(U), ranks, phi(U, V).tolist() if all(ranks) else []))
+    notes = [f"{name}: {note}" for name, adapter in adapters.items() for note in beside(adapter)]
+    alone = [(one, names) for one, names in ((a, lone(places, 0, 1)), (b, lone(places, 1, 0))) if names]
+    return Overlaps(
+        a, b, space, found, notes + [f"{len(names)} weights only in {one} are left out ({names[0]}, …)" for one, names in alone]
+    )

@@ -12,7 +12,7 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.combine import AddSpec
 from lorakit.core.delta import Delta
 from lorakit.core.errors import AdapterMismatch, BadParameter, NotExportable
-from lorakit.core.site import Site, sites_of
+from lorakit.core.site import Site, check_sites
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Updates:
         if not plain and model is None:
             raise NotExportable(f"{name} rescales W itself: its change of W is known with the base only; give the model (--model)")
         if model is not None:
-            _refuse_other_model(adapter, model)
+            check_sites(adapter.sites, model)
         return cls(adapter, adapter.opened(), model)
 
     def at(self, site: Site) -> list[Update]:
@@ -63,15 +63,3 @@ def beside(adapter: Adapter) -> list[str]:
     """What an adapter trains besides its updates, in words: diagnostics do not see it."""
     names = list(adapter.unfrozen())
     return [f"{len(names)} tensors trained whole are left out ({names[0]}, …)"] if names else []
-
-
-def _refuse_other_model(adapter: Adapter, model: nn.Module) -> None:
-    there = {site.name: site for site in sites_of(model)}
-    for site in adapter.sites:
-        found = there.get(site.name)
-        if found is None:
-            raise AdapterMismatch(f"the adapter has the site {site.name}, the model has no such weight; is it the adapter's base?")
-        if (found.d_out, found.d_in, found.experts) != (site.d_out, site.d_in, site.experts):
-            raise AdapterMismatch(
-                f"{site.name} is {site.d_out} × {site.d_in} in the adapter and {found.d_out} × {found.d_in} in the model; is it its base?"
-            )

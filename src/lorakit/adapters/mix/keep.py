@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops.mask import Mask, hashed, mixed
 
-BLOCK = 2**19
-"""Entries of a block."""
+BLOCK = 2**16
+"""Entries of a block: those of several adapters at a time, and what is made of them, fit into a cache."""
+INFINITY = 0x7F800000
+"""Bits of the fp32 number."""
 
 
 class Rows(NamedTuple):
@@ -36,8 +39,9 @@ class Rows(NamedTuple):
 
     def blocks(self) -> Iterator[Tensor]:
         """Its rows in order, some at a time."""
+        right = None if self.right is None else self.right.float()
         for rows in self.left.float().split(max(1, BLOCK // max(1, self.shape[1]))):
-            yield rows * self.scale if self.right is None else rows @ self.right.float() * self.scale
+            yield rows * self.scale if right is None else (rows * self.scale) @ right
 
 
 class Draw(NamedTuple):
@@ -68,13 +72,17 @@ def everything(rows: Rows, draw: Draw) -> Iterator[Tensor]:
 def trim(rows: Rows, draw: Draw, *, density: float) -> Iterator[Tensor]:
     """The largest in magnitude."""
     n, m = rows.shape
-    threshold, equal = _threshold(rows, int(density * n * m + 1e-9))
+    threshold, equal, spare = _threshold(rows, int(density * n * m + 1e-9))
+    smaller = torch.tensor(threshold - 1, dtype=torch.int32).view(torch.float32).item()  # the number before it
     for block in rows.blocks():
-        bits = _bits(block)
-        same = bits == threshold
-        first = same & (same.flatten().cumsum(0).view_as(same) <= equal)
-        equal -= int(first.sum())
-        yield torch.where((bits > threshold) | first, block, 0)
+        kept = F.hardshrink(block, smaller) if threshold else block  # 0 where no larger than `smaller`
+        if spare:
+            same = _bits(block) == threshold
+            there = int(same.sum())
+            if there > equal:
+                kept = kept.masked_fill(same & (same.flatten().cumsum(0).view_as(same) > equal), 0)
+            equal = max(0, equal - there)
+        yield kept
 
 
 def drop(rows: Rows, draw: Draw, *, density: float) -> Iterator[Tensor]:
@@ -92,10 +100,11 @@ def graded(rows: Rows, draw: Draw, *, density: float, epsilon: float) -> Iterato
         yield torch.where(draw.uniform(i, block.shape) < kept, block / kept, 0).float()
 
 
-def _threshold(rows: Rows, k: int) -> tuple[int, int]:
-    """(bits of the k-th largest magnitude, how many entries of just that size are among the k largest), by counting in two passes."""
+def _threshold(rows: Rows, k: int) -> tuple[int, int, int]:
+    """(bits of the k-th largest magnitude, how many entries of just that size are among the k largest, how many are not): by counting, in
+    two passes."""
     if k <= 0:
-        return 2**31 - 1, 0
+        return INFINITY + 1, 0, 0
     high = torch.zeros(2**15, dtype=torch.int64)
     for block in rows.blocks():
         high += torch.bincount((_bits(block) >> 16).flatten(), minlength=2**15)
@@ -103,9 +112,11 @@ def _threshold(rows: Rows, k: int) -> tuple[int, int]:
     low = torch.zeros(2**16, dtype=torch.int64)
     for block in rows.blocks():
         bits = _bits(block)
-        low += torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=2**16)
+        found = (bits[bits >> 16 == top] & 0xFFFF).long()
+        low.scatter_add_(0, found, torch.ones_like(found))
     rest, more = _place(low, k - above)
-    return (top << 16) | rest, k - above - more
+    equal = k - above - more
+    return (top << 16) | rest, equal, int(low[rest]) - equal
 
 
 def _place(counts: Tensor, k: int) -> tuple[int, int]:

@@ -1,28 +1,27 @@
-"""`mix`: several finished adapters to one, site by site."""
+"""`mix`: several finished adapters to one, site by site; `mix_into`: the same into their base."""
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakit.adapters.mix.mixers import Parts, Rule, get_mixer
-from lorakit.adapters.mix.parts import Progress, Sources, each_matrix
-from lorakit.adapters.mix.spaces import Here, Space, space_of
+from lorakit.adapters.digest import digest
+from lorakit.adapters.mix.mixers import get_mixer
+from lorakit.adapters.mix.parts import Progress, Sources
+from lorakit.adapters.mix.spaces import space_of
+from lorakit.adapters.mix.work import Stats, Work
 from lorakit.adapters.plain import plain_lora
-from lorakit.adapters.update import norm
 from lorakit.core.adapter import Adapter
 from lorakit.core.delta import Factors
 from lorakit.core.errors import BadParameter
+from lorakit.core.fingerprint import check_base, fingerprint
+from lorakit.core.fold import check_bare, fold
 from lorakit.core.scale import check_pattern, frozen, lookup
 from lorakit.core.site import Site
 
 Weight = float | Mapping[str, float]
 """One for all sites, or {pattern: weight} as in a rank_pattern; `default` is that of the other sites, 1 unless given."""
-Stats = Sequence[Mapping[str, Tensor]]
-"""For each adapter, by site name: the Gram matrix of its task's inputs [d_in, d_in], or the Fisher information of W [d_out, d_in]."""
 
 
 def mix(
@@ -51,84 +50,87 @@ def mix(
     The result's meta says under "mix" how it was made, of what, and how much of it, relative to the norm, was cut off.
     Raises BadParameter, AdapterMismatch, NotExportable for an adapter without factors, Incompatible.
     """
-    mixer, (where, q) = get_mixer(how), space_of(space)
-    rule = mixer.rule(**options)
+    given = _Order(how, weights, space, seed, stats, options)
     sources = Sources(adapters, force=force)
-    if weights is None:
-        weights = [1.0 if mixer.unit else 1 / len(adapters)] * len(adapters)
-    work = _Work(rule, where, q, seed, stats, _by_site(weights, adapters))
+    work = given.work(adapters)
     factors: dict[str, Factors] = {}
     for i, site in enumerate(sources.sites):
         factors[site.name] = work.at(site, sources.factors(site))
         if progress is not None:
             progress(i + 1, len(sources.sites))
-    record = {
-        "how": how,
-        "space": space,
-        "weights": [dict(w) if isinstance(w, Mapping) else w for w in weights],
-        "options": {**mixer.options, **options},
-        "seed": seed,
-        "sources": [_source(adapter) for adapter in adapters],
-        "lost": work.lost(),
-    }
+    record = given.record(adapters) | {"lost": work.lost()}
     return plain_lora(sources.sites, factors, {**_agreed(adapters), "mix": record})
 
 
-class _Work:
-    """What is done at each site, and what was cut off so far."""
+def mix_into(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    how: str = "linear",
+    *,
+    weights: Sequence[Weight] | None = None,
+    seed: int = 0,
+    stats: Stats | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write what the adapters do together into the weights of their base, for good: in delta space, and nothing is cut off.
 
-    def __init__(self, rule: Rule, space: Space, q: int | None, seed: int, stats: Stats | None, weights: dict[str, list[float]]) -> None:
-        self.rule, self.space, self.q, self.seed, self.stats, self.weights = rule, space, q, seed, stats, weights
-        self.tails: dict[str, tuple[float, float]] = {}
-        n = len(next(iter(weights.values())))
-        if rule.needs and (stats is None or len(stats) != n):
-            raise BadParameter(f"this mixer needs a {rule.needs} of every adapter's task: stats holds {len(stats or ())} of {n}")
+    The arguments are those of `mix`. One weight's change lies in memory at a time, in fp32. Where something is wrong, it is found before
+    the first weight is written. Returns how it was made and of what, as a mixture's meta says it.
+    """
+    check_bare(model)
+    given = _Order(how, weights, "delta", seed, stats, options)
+    sources = Sources(adapters, force=force)
+    for adapter in adapters:
+        check_base(adapter, fingerprint(model), force=force)
+    work = given.work(adapters)
 
-    def at(self, site: Site, parts: Parts) -> Factors:
-        """The update of one site, in fp32."""
-        stats = [self._stat(i, site) if f is not None else None for i, f in enumerate(parts)]
-        made = [self._matrix(name, some, self.weights[site.name], stats) for name, some in each_matrix(site, parts)]
-        if site.experts is None:
-            return made[0]
-        return Factors(torch.stack([f.A for f in made]), torch.stack([f.B for f in made]), 1.0)
+    def changes() -> Iterator[tuple[Site, Tensor]]:
+        for i, site in enumerate(sources.sites):
+            yield site, work.whole(site, sources.factors(site))
+            if progress is not None:
+                progress(i + 1, len(sources.sites))
 
-    def _stat(self, i: int, site: Site) -> Tensor | None:
-        if not self.rule.needs or self.stats is None:
-            return None
-        side = (site.d_in, site.d_in) if self.rule.needs == "gram" else (site.d_out, site.d_in)
-        found = self.stats[i].get(site.name)
-        if found is None or found.shape[-2:] != side or site.experts is not None:
-            what = "has none" if found is None else f"has one of shape {tuple(found.shape)}"
-            raise BadParameter(
-                f"the mixer needs a {self.rule.needs} of shape {side} of adapter {i + 1}'s task at {site.name}; stats {what}"
-            )
-        return found
-
-    def _matrix(self, name: str, parts: Parts, weights: Sequence[float], stats: Sequence[Tensor | None]) -> Factors:
-        parts, weights, stats = self.rule.prepare(parts, weights, stats)
-        there = [i for i, f in enumerate(parts) if f is not None]
-        found = [f for f in parts if f is not None]
-        here = Here(name, found, [weights[i] for i in there], [stats[i] for i in there], there, self.rule, self.seed)
-        q = self.q
-        if q is None and self.rule.rank is not None:
-            q = self.rule.rank or max(len(f.A) for f in found)
-        f, tail = self.space(here, q)
-        if not len(f.A):  # nothing is left, and no LoRA has rank 0
-            f = Factors(f.A.new_zeros(1, f.A.shape[1]), f.B.new_zeros(len(f.B), 1), 1.0)
-        self.tails[name] = (tail, norm(f))
-        return Factors(f.A.float(), f.B.float(), 1.0)
-
-    def lost(self) -> dict[str, Any]:
-        """Relative to the norm of what should have come out: in all, and at the site where it is most."""
-        shares = {name: _share(tail, kept) for name, (tail, kept) in self.tails.items()}
-        worst = max(shares, key=shares.__getitem__)
-        sums = [math.hypot(*column) for column in zip(*self.tails.values(), strict=True)]
-        return {"total": _share(sums[0], sums[1]), "worst": shares[worst], "where": worst}
+    fold(model, sources.sites, changes())
+    return given.record(adapters)
 
 
-def _share(tail: float, kept: float) -> float:
-    whole = math.hypot(tail, kept)
-    return tail / whole if whole else 0.0
+SEEDS = 2**63
+
+
+class _Order(NamedTuple):
+    """What was asked for."""
+
+    how: str
+    weights: Sequence[Weight] | None
+    space: str
+    seed: int
+    stats: Stats | None
+    options: Mapping[str, Any]
+
+    def work(self, adapters: Sequence[Adapter]) -> Work:
+        """Raises BadParameter."""
+        mixer, (space, q) = get_mixer(self.how), space_of(self.space)
+        if not 0 <= self.seed < SEEDS:
+            raise BadParameter(f"seed={self.seed}; expected a number from 0 to 2**63 - 1")
+        return Work(mixer.rule(**self.options), space, q, self.seed, self.stats, _by_site(self._weights(adapters), adapters))
+
+    def record(self, adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """The same in JSON, and of what it was made."""
+        return {
+            "how": self.how,
+            "space": self.space,
+            "weights": [dict(w) if isinstance(w, Mapping) else w for w in self._weights(adapters)],
+            "options": {**get_mixer(self.how).options, **self.options},
+            "seed": self.seed,
+            "sources": [_source(adapter) for adapter in adapters],
+        }
+
+    def _weights(self, adapters: Sequence[Adapter]) -> Sequence[Weight]:
+        if self.weights is not None:
+            return self.weights
+        return [1.0 if get_mixer(self.how).unit else 1 / len(adapters)] * len(adapters)
 
 
 def _by_site(weights: Sequence[Weight], adapters: Sequence[Adapter]) -> dict[str, list[float]]:
@@ -153,15 +155,15 @@ def _column(weight: Weight, sites: Mapping[str, Site]) -> dict[str, float]:
 
 def _source(adapter: Adapter) -> dict[str, Any]:
     """What an ingredient was, and of what it was made in turn."""
-    digest = hashlib.sha256()
-    for name in sorted(adapter.tensors):
-        digest.update(name.encode())
-        digest.update(adapter.tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
     own = {"mix": adapter.meta["mix"]} if "mix" in adapter.meta else {}
-    return {"recipe": adapter.recipe.name, "sha256": digest.hexdigest()[:32], **own}
+    return {"recipe": adapter.recipe.name, "sha256": digest(adapter.tensors), **own}
 
 
 def _agreed(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What all of them say alike of themselves: the base, the template, how the base was packed."""
+    """What all of them say alike of more than their own tensors: the base, the template, how the base was packed."""
     first = adapters[0].meta
-    return {k: v for k, v in first.items() if k != "mix" and all(k in a.meta and a.meta[k] == v for a in adapters)}
+    return {k: v for k, v in first.items() if k not in OWN and all(k in a.meta and a.meta[k] == v for a in adapters)}
+
+
+OWN = frozenset({"mix", "compressed", "metrics"})
+"""What is said of an adapter's own tensors, and not true of the mixture's."""

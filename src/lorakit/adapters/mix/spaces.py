@@ -53,8 +53,7 @@ def in_delta(here: Here, q: int | None) -> tuple[Factors, float]:
     """(the update, the norm of what was cut off)."""
     if here.rule.linear:
         return _cut(_scaled(joined(here.parts, here.weights), here.rule.scale), q)
-    W = _assembled(here, [Rows(f.B, f.A, f.s) for f in here.parts], here.weights).mul_(here.rule.scale)
-    return low_rank(W, q or here.limit, generator(here.seed, here.name))
+    return low_rank(whole(here, None), q or here.limit, generator(here.seed, here.name))
 
 
 def in_core(here: Here, q: int | None) -> tuple[Factors, float]:
@@ -95,6 +94,14 @@ def in_both(here: Here, q: int | None) -> tuple[Factors, float]:
 def in_pem(here: Here, q: int | None) -> tuple[Factors, float]:
     sizes = [abs(w) * math.sqrt(abs(f.s)) for f, w in zip(here.parts, here.weights, strict=True)]
     return _apart(here, sizes, [math.copysign(size, w * f.s) for f, w, size in zip(here.parts, here.weights, sizes, strict=True)], q)
+
+
+def whole(here: Here, q: int | None) -> Tensor:
+    """The change of the weight in delta space, cut to rank q where that is given and else not at all: fp32."""
+    if here.rule.linear or q is not None:
+        f, _ = in_delta(here, q)
+        return (f.s * f.B @ f.A).float()
+    return _assembled(here, [Rows(f.B, f.A, f.s) for f in here.parts], here.weights).mul_(here.rule.scale)
 
 
 Space = Callable[[Here, int | None], tuple[Factors, float]]

@@ -56,6 +56,8 @@ class GrowthSpec:
     beta1: float
     beta2: float
     requires: frozenset[str] = frozenset({"gate"})
+    fresh: bool = True
+    """It cannot go on from a finished adapter, whose reserves are gone (train/beginning.py)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.init_r <= self.target_r:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import nn
 
 from lorakit.core.adapter import Adapter
@@ -24,13 +24,30 @@ LIMIT = 1000
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def listed(value: object) -> object:
+    """A flag's "0, 0.5, 1", or its only number, as a list."""
+    return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+
+
 @finder("grid", paper="arXiv:2311.09773")
 def control_pe(
     model: nn.Module,
     adapters: Sequence[Adapter],
     objective: Objective,
     *,
-    values: Annotated[tuple[Alpha, ...], Field(min_length=1)] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    values: Annotated[tuple[Alpha, ...], BeforeValidator(listed), Field(min_length=1)] = (
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+        1.0,
+    ),
     force: bool = False,
 ) -> Found:
     """The best of a grid of weights for one adapter or two, and the whole table; of equals the first."""

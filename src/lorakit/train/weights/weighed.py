@@ -23,10 +23,11 @@ from lorakit.adapters.mix.mix import Weight
 from lorakit.adapters.mix.parts import Sources
 from lorakit.adapters.peft_rank import exactly
 from lorakit.core.adapter import POOL, Adapter
-from lorakit.core.attach import Adapted, check_base
+from lorakit.core.attach import Adapted
 from lorakit.core.context import Ctx
 from lorakit.core.delta import Delta, DeltaSpec, Factors, Product
 from lorakit.core.errors import Incompatible
+from lorakit.core.fingerprint import check_base
 from lorakit.core.fresh import sites_for
 from lorakit.core.method import Method
 from lorakit.core.shared import Shared
