@@ -246,13 +246,17 @@ class Way:
         return mix(adapters, self.mixer, space=self.space, stats=stats)
 
 
+COPY = "it makes a copy: its time is that of memory, and of what every adapter costs whatever its size"
+DECOMPOSED = "the larger a matrix, the faster its QR and SVD run for their flops"
+PASSED = "passes over the entries take most of the time, at memory's pace and not that of products; they do not grow with the rank"
+GRAMS = "N Gram matrices in fp64 take longer to make than to multiply by, and do not grow with the rank"
 WAYS = {
-    "linear": Way("linear", "delta", linear, linear_bytes),
-    f"svd, rank {CUT}": Way("linear", f"delta+svd:{CUT}", cut_linear, cut_bytes),
-    f"ties in delta, rank {CUT}": Way("ties", f"delta+svd:{CUT}", ties_delta),
-    "ties in core": Way("ties", "core", ties_core, core_bytes),
-    "ties in knots": Way("ties", "knots", ties_knots),
-    "regmean": Way("regmean", "delta", regmean, counts=16, width=4096),
+    "linear": Way("linear", "delta", linear, linear_bytes, why=COPY),
+    f"svd, rank {CUT}": Way("linear", f"delta+svd:{CUT}", cut_linear, cut_bytes, why=DECOMPOSED),
+    f"ties in delta, rank {CUT}": Way("ties", f"delta+svd:{CUT}", ties_delta, why=PASSED),
+    "ties in core": Way("ties", "core", ties_core, core_bytes, why=DECOMPOSED),
+    "ties in knots": Way("ties", "knots", ties_knots, why=DECOMPOSED),
+    "regmean": Way("regmean", "delta", regmean, counts=16, width=4096, why=GRAMS),
 }
 
 

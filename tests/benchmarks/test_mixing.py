@@ -109,7 +109,7 @@ def test_a_way_that_is_in_the_folder_is_not_run_again(adapters, tmp_path, monkey
     assert len(calls) == n + 1
 
 
-def test_rows_and_targets():
+def test_rows_targets_and_the_picture(tmp_path):
     figures = {
         "loss / own": 1.1,
         "kept": 0.5,
@@ -128,3 +128,5 @@ def test_rows_and_targets():
     found = bench.targets_of([ours, theirs])
     assert [(target.found, target.reached) for target in found] == [(-0.1, False), (0.2, True)]
     assert found[0].why == "linear (delta) against linear (A and B)"
+    bench.plot([ours, theirs], tmp_path / "mixing.png")
+    assert (tmp_path / "mixing.png").read_bytes().startswith(b"\x89PNG")

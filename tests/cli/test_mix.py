@@ -165,7 +165,7 @@ def test_a_base_is_read_once_and_only_for_folders_of_peft(folder: Path, monkeypa
         (["a", "r.yaml", "--out", "x"], "r.yaml is a file; give the folder that holds it"),
         (["a", "b", "--recipe", "r.yaml", "--out", "x"], "a recipe says everything; besides it were given: a b"),
         (["--recipe", "none.yaml", "--out", "x"], "there is no recipe none.yaml"),
-        (["--recipe", "r.yaml", "--out", "x"], "r.yaml: 'None' is neither a folder nor a mix"),
+        (["--recipe", "r.yaml", "--out", "x"], "r.yaml is empty"),
         (["--out", "x"], "no adapter was given"),
         (["a", "b", "--out", ""], "where the result goes is missing"),
         (["a", "b", "--seed", "-1", "--out", "x"], "seed=-1; expected a number from 0 to 2**63 - 1"),

@@ -162,22 +162,12 @@ def _loaded(folder: str, model: str | None, bases: "dict[str | None, nn.Module |
     if locate(folder, RECORD) is None:
         name = model or recorded(folder).get("model")
         if name not in bases:
-            bases[name] = _base(lambda: base_of(folder, model, needed=False), folder, name if model is None else None)
+            bases[name] = base_of(folder, model, needed=False)
         base = bases[name]
     try:
         return load_adapter(folder, model=base, lazily=True)
     except AdapterMismatch as error:
         raise AdapterMismatch(f"{folder}: {error}") from None
-
-
-def _base(read: "Callable[[], nn.Module | None]", folder: str, named: str | None) -> "nn.Module | None":
-    """A base; where it is only named by a folder, whose it is and what else can be given."""
-    try:
-        return read()
-    except BadParameter as error:
-        if named is None:
-            raise
-        raise BadParameter(f"{folder} names {named!r} as its base: {error}; or give the base with --model") from None
 
 
 def parsed(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -232,12 +222,16 @@ SEVERAL: dict[str, Callable[[str], Any]] = {"weights": _number, "stats": _file}
 EXAMPLES = {"weights": "0.7 0.3", "stats": "a.safetensors b.safetensors"}
 
 
+ROUNDING = 1e-6
+"""A share of the norm that is none."""
+
+
 def print_result(record: dict[str, Any], sites: int) -> None:
     """What was done, and how exactly."""
     lost = record["lost"]
     inexact = ", which makes cross terms B_i A_j: not Σ w ΔW" if record["space"].startswith("factor") else ""
     print(f"{record['how']} of {len(record['sources'])} adapters at {sites} sites, in {record['space']} space{inexact}")
-    if lost["total"]:
+    if lost["total"] > ROUNDING:
         print(f"cut off: {100 * lost['total']:.2f} % of the norm, {100 * lost['worst']:.2f} % at {lost['where']}")
     else:
         print("nothing was cut off")

@@ -48,8 +48,7 @@ def open_adapter(folder: str | Path, *, model: str | None = None, dtype: str | N
     name = model or facts.get("model")
     if not name:
         raise BadParameter(f"the adapter {folder} does not name its base; give it with --model")
-    labels = facts.get("labels") or None
-    base = load_base(name, facts, base_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype=dtype, labels=labels)
+    base = _loaded(folder, model, facts, dtype)
     adapter = load_adapter(folder, model=base)
     tokenizer = load_tokenizer(name, chat_template=facts.get("chat_template"))
     adapted = attach_adapter(base, adapter, force=force)
@@ -61,10 +60,17 @@ def base_of(folder: str | Path, model: str | None, *, needed: bool) -> nn.Module
     training; None without a name."""
     facts = recorded(folder)
     name = model or (facts.get("model") if needed or locate(folder, RECORD) is None else None)
-    labels = facts.get("labels") or None
-    if not name:
-        return None
-    return load_base(name, facts, base_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype="float32", labels=labels)
+    return _loaded(folder, model, facts, "float32") if name else None
+
+
+def _loaded(folder: str | Path, model: str | None, facts: dict[str, Any], dtype: str | None) -> nn.Module:
+    labels, name = facts.get("labels") or None, model or str(facts["model"])
+    try:
+        return load_base(name, facts, base_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype=dtype, labels=labels)
+    except BadParameter as error:
+        if model is not None:
+            raise
+        raise BadParameter(f"{folder} names {name!r} as its base: {error}; or give the base with --model") from None
 
 
 def base_storage(folder: str | Path) -> BaseSpec | None:

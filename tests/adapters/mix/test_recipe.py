@@ -71,6 +71,8 @@ parameters: {density: 0.4, lambda: 0.5}
         ("ties", "ties", {"density": 1.0}),
         ("ties, parameters: {density: 0.5, lambda: 0.3}", "ties", {"density": 0.5, "scale": 0.3}),
         ("dare_linear", "dare_linear", {"density": 1.0}),
+        ("della_linear, parameters: {density: 0.5}", "della_linear", {"density": 0.5, "epsilon": 0.3}),
+        ("della_linear, parameters: {density: 0.5, epsilon: 0.1}", "della_linear", {"density": 0.5, "epsilon": 0.2}),
     ],
 )
 def test_what_mergekits_files_leave_unsaid_is_as_it_is_there(folder: Path, theirs: str, how: str, options: dict[str, float]) -> None:

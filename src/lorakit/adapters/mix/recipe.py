@@ -11,8 +11,8 @@
 
 mergekit's names are read, too: `merge_method` for how, `models` for of, and in it {model: FOLDER, parameters: {weight: 0.7}}; options under
 `parameters` are those of the mixer, and `lambda` is `scale`. What a `merge_method` leaves unsaid is as it is there: weights, densities and
-scales are 1, and `linear` divides by the sum of the weights (our `average`) unless `normalize` is false. `base_model` and `dtype` are
-passed over: adapters know their base, and what comes out is fp32.
+scales are 1, and `linear` divides by the sum of the weights (our `average`) unless `normalize` is false. Its `epsilon` is half of ours.
+`base_model` and `dtype` are passed over: adapters know their base, and what comes out is fp32.
 """
 
 import itertools
@@ -128,16 +128,21 @@ def _normal(node: Any, path: Path, folder: Path, depth: int, count: Iterator[int
     return _as_mergekit({**node, "options": options}) if foreign else {**node, "options": options}
 
 
+DEFAULTS = {"density": 1.0, "scale": 1.0, "epsilon": 0.3}
+
+
 def _as_mergekit(node: dict[str, Any]) -> dict[str, Any]:
     """With its defaults where nothing is said."""
     how, options = node["how"], dict(node["options"])
     if how == "linear" and options.pop("normalize", True):
         how = "average"
     known = MIXERS[how].options if how in MIXERS else {}
+    if isinstance(options.get("epsilon"), float):
+        options["epsilon"] *= 2
     return {
         **node,
         "how": how,
-        "options": {key: 1.0 for key in ("density", "scale") if key in known} | options,
+        "options": {key: value for key, value in DEFAULTS.items() if key in known} | options,
         "weights": node.get("weights") or [1.0] * len(node["of"]),
     }
 
