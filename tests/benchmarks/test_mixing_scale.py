@@ -57,12 +57,8 @@ def test_the_operations_stated_are_those_that_are_made(name: str, monkeypatch: p
     adapters, stats = [bench.adapter([SITE], CASE.r, i) for i in range(CASE.N)], bench.stats_of(way, SITE, CASE.N)
     with Counted() as counted:
         way.of(adapters, stats)
-    made = counted.found
-    assert (made["qr"], made["svd"]) == pytest.approx((stated.qr, stated.svd))
-    if way.space in ("core", "knots"):  # cores and shares may be kept whole, where there are few, and not made anew in every pass
-        assert made["fp64_products"] + made["fp32_products"] <= stated.fp64_products + stated.fp32_products
-    else:
-        assert (made["fp64_products"], made["fp32_products"]) == pytest.approx((stated.fp64_products, stated.fp32_products))
+    for kind, operations in counted.found.items():
+        assert operations == pytest.approx(getattr(stated, kind)), kind
 
 
 @pytest.mark.parametrize("axis", bench.AXES)
@@ -172,7 +168,7 @@ def test_the_targets_are_the_farthest_axis_and_the_measured_memory() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["linear", f"svd, rank {bench.CUT}"])
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.bytes_])
 def test_memory_beyond_the_result_does_not_grow_with_the_layers(name: str, tmp_path: Path) -> None:
     beyond = []
     for layers in (2, 12):

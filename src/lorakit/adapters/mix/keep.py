@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.core.errors import BadParameter
 from lorakit.ops.mask import Mask, hashed, mixed
 
 BLOCK = 2**16
 """Entries of a block: those of several adapters at a time, and what is made of them, fit into a cache."""
-INFINITY = 0x7F800000
-"""Bits of the fp32 number."""
 
 
 class Rows(NamedTuple):
@@ -72,7 +71,13 @@ def everything(rows: Rows, draw: Draw) -> Iterator[Tensor]:
 def trim(rows: Rows, draw: Draw, *, density: float) -> Iterator[Tensor]:
     """The largest in magnitude."""
     n, m = rows.shape
-    threshold, equal, spare = _threshold(rows, int(density * n * m + 1e-9))
+    k = int(density * n * m + 1e-9)
+    if not n * m:  # of zeros nothing is left in an aligned space
+        yield from rows.blocks()
+        return
+    if not k:
+        raise BadParameter(f"density={density} keeps none of the {n * m} entries of a weight; take a larger one")
+    threshold, equal, spare = _threshold(rows, k)
     smaller = torch.tensor(threshold - 1, dtype=torch.int32).view(torch.float32).item()  # the number before it
     for block in rows.blocks():
         kept = F.hardshrink(block, smaller) if threshold else block  # 0 where no larger than `smaller`
@@ -103,8 +108,6 @@ def graded(rows: Rows, draw: Draw, *, density: float, epsilon: float) -> Iterato
 def _threshold(rows: Rows, k: int) -> tuple[int, int, int]:
     """(bits of the k-th largest magnitude, how many entries of just that size are among the k largest, how many are not): by counting, in
     two passes."""
-    if k <= 0:
-        return INFINITY + 1, 0, 0
     high = torch.zeros(2**15, dtype=torch.int64)
     for block in rows.blocks():
         high += torch.bincount((_bits(block) >> 16).flatten(), minlength=2**15)

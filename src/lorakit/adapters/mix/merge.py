@@ -29,9 +29,9 @@ def elected(values: Tensor, weights: Tensor, *, vote: Vote = "total") -> Tensor:
     weighted = values * w
     votes = weighted if vote == "total" else weighted.sign()
     sign = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(values)
-    agree = weighted * sign > 0
-    divisor = torch.where(agree, w.abs(), 0).sum(0)
-    return torch.where(agree, weighted, 0).sum(0) / torch.where(divisor > 0, divisor, 1)
+    agree = (weighted * sign).relu_()  # |w τ|, and 0 of those that do not
+    divisor = (agree.sign() * w.abs()).sum(0)
+    return sign * agree.sum(0) / torch.where(divisor > 0, divisor, 1)
 
 
 def mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -226,24 +226,30 @@ def _floored(parts: Parts, weights: Sequence[float], stats: Stats, *, floor: flo
 
 def _regression(parts: Parts, weights: Sequence[float], stats: Stats, *, off_diagonal: float, ridge: float) -> Given:
     """A_t -> A_t w_t G_t (Σ w G)⁻¹: W itself cancels, as Σ G_t (Σ G)⁻¹ = 1 (arXiv:2212.09849, equation 2)."""
-    least = ridge * torch.stack([G.double().diagonal().mean() for G in stats if G is not None]).mean()
-    grams = [None if G is None else w * _damped(G, off_diagonal, least) for G, w in zip(stats, weights, strict=True)]
-    whole = torch.stack([G for G in grams if G is not None]).sum(0)
+    least = ridge * torch.stack([G.diagonal().double().mean() for G in stats if G is not None]).mean()
+    whole = torch.zeros((), dtype=torch.float64)
+    for G, w in zip(stats, weights, strict=True):
+        whole = whole if G is None else whole + _damped(G, w, off_diagonal, least)  # one at a time: in fp64 they are large
     root, failed = torch.linalg.cholesky_ex(whole)
     if failed:
         raise BadParameter(
             f"the weighted sum of the tasks' Gram matrices is not positive; ridge={ridge} is too small, or a weight is negative"
         )
-    turned = [_turned(f, G, root) for f, G in zip(parts, grams, strict=True)]
+    turned = [
+        None if f is None or G is None else _turned(f, _damped(G, w, off_diagonal, least), root)
+        for f, G, w in zip(parts, stats, weights, strict=True)
+    ]
     return turned, [1.0] * len(parts), stats
 
 
-def _turned(f: Factors | None, G: Tensor | None, root: Tensor) -> Factors | None:
+def _turned(f: Factors, G: Tensor, root: Tensor) -> Factors:
     """A G (root rootᵀ)⁻¹ in A's place."""
-    return None if f is None or G is None else f._replace(A=torch.cholesky_solve(G @ f.A.double().T, root).T)
+    return f._replace(A=torch.cholesky_solve(G @ f.A.double().T, root).T)
 
 
-def _damped(G: Tensor, off_diagonal: float, least: Tensor) -> Tensor:
-    """The ridge is on each, not on their sum: a direction that nobody's inputs have is averaged, not forgotten."""
-    G = G.double()
-    return off_diagonal * G + torch.diag((1 - off_diagonal) * G.diagonal() + least)
+def _damped(G: Tensor, w: float, off_diagonal: float, least: Tensor) -> Tensor:
+    """w G, in fp64. The ridge is on each, not on their sum: a direction that nobody's inputs have is averaged, not forgotten."""
+    diagonal = G.diagonal().double()
+    damped = G.double() * (w * off_diagonal)
+    damped.diagonal().copy_(w * (diagonal + least))
+    return damped

@@ -62,7 +62,7 @@ def in_core(here: Here, q: int | None) -> tuple[Factors, float]:
     _refuse_importance(here)
     pairs = [_balanced(f) for f in here.parts]
     U, V = _basis([B for _, B in pairs]), _basis([A.T for A, _ in pairs])
-    M = _assembled(here, [Rows((U.T @ B) @ (A @ V)) for A, B in pairs], here.weights)
+    M = _assembled(here, [Rows(U.T @ B, A @ V) for A, B in pairs], here.weights)
     return _cut(_scaled(Factors(V.T, U @ M.double(), 1.0), here.rule.scale), q)
 
 
@@ -76,7 +76,7 @@ def in_knots(here: Here, q: int | None) -> tuple[Factors, float]:
     U, S, Vh = torch.linalg.svd(torch.cat(sides, 1), full_matrices=False)
     kept = TINY * S.max() < S
     shares = (S[kept, None] * Vh[kept]).split([side.shape[1] for side in sides], 1)
-    rows = [Rows(v @ right.Q.T) for v, right in zip(shares, rights, strict=True)]
+    rows = [Rows(v, right.Q.T) for v, right in zip(shares, rights, strict=True)]
     merged = _assembled(here, rows, here.weights).double()
     return _cut(_scaled(Factors(merged, (Q @ U)[:, kept], 1.0), here.rule.scale), q)
 

@@ -77,8 +77,9 @@ class Work:
         f, tail = self.space(here, q)
         if not len(f.A):  # nothing is left, and no LoRA has rank 0
             f = Factors(f.A.new_zeros(1, f.A.shape[1]), f.B.new_zeros(len(f.B), 1), 1.0)
-        self.tails[here.name] = (tail, norm(f))
-        return Factors(f.A.float(), f.B.float(), 1.0)
+        whole = q is None and self.rule.linear  # nothing was cut off, and the norm of a wide update costs more than the update
+        self.tails[here.name] = (tail, 0.0 if whole else norm(f))
+        return Factors(f.A.float().contiguous(), f.B.float().contiguous(), 1.0)
 
     def lost(self) -> dict[str, Any]:
         """Relative to the norm of what should have come out: in all, and at the site where it is most."""
