@@ -60,6 +60,24 @@ def test_export_says_what_generate_says(there: Path, tmp_path: Path, how: str) -
     assert found == run("generate", str(tmp_path / "one"), "--prompt", "77q", "--max-new-tokens", "8")
 
 
+def test_a_trained_encoder_makes_a_library_of_its_own(there: Path, tmp_path: Path) -> None:
+    """Trained on two tasks; the third is found by it, and vectors of the base's own states are refused."""
+    base, enc = str(there / "model"), str(tmp_path / "enc")
+    sources = [word for name in ("letters", "digits") for word in ("--data", str(there / f"{name}.jsonl"))]
+    text = run("library", "train-encoder", *sources, "--model", base, "--steps", "20", "--out", enc)
+    assert "after 20 steps on 2 tasks" in text
+    for name in ("letters", "digits", "signs"):
+        words = (str(there / name / "adapter"), "--data", str(there / f"{name}.jsonl"), "--samples", "8", "--encoder", enc)
+        run("library", "add", str(tmp_path / "lib"), *words)
+    for letter, name in {"q": "letters", "7": "digits", "#": "signs"}.items():
+        hits = json.loads(run("library", "search", str(tmp_path / "lib"), "--prompt", letter * 5, "--encoder", enc, "--json"))
+        assert hits[0]["name"] == name
+    assert "cannot be compared with" in run("library", "search", str(tmp_path / "lib"), "--prompt", "q", code=2)
+    wrong = str(there / "letters" / "adapter")
+    assert "train-encoder" in run("library", "search", str(tmp_path / "lib"), "--prompt", "q", "--encoder", wrong, code=2)
+    assert "given twice" in run("library", "train-encoder", *sources[:2], *sources[:2], "--model", base, "--out", enc, code=2)
+
+
 def test_ensemble(there: Path) -> None:
     some = [str(there / name / "adapter") for name in ("letters", "digits", "signs")]
     data = text_file(there / "data.jsonl", lines=10)

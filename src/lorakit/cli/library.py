@@ -12,7 +12,8 @@ from lorakit.core.errors import BadParameter
 
 Where = Annotated[str, typer.Argument(help="the library's folder")]
 Sentences = Annotated[
-    str | None, typer.Option("--encoder", help="folder of a sentence encoder (INSTRUCTOR, …); default: the base's own hidden states")
+    str | None,
+    typer.Option("--encoder", help="folder of a trained encoder, or of a sentence encoder (INSTRUCTOR, …); default: the base's own states"),
 ]
 K = Annotated[int, typer.Option("--k", min=1, help="adapters that are found, or that a token chooses (arrow)")]
 
@@ -44,6 +45,31 @@ def add(
     known = run(library, name or _name(adapter), found, texts, encoder_for(opened, encoder), model=base, force=force)
     n = len(known.names)
     print(f"{known.names[-1]}: {known.entries[-1].samples} samples; the library {library} holds {n} adapter{'s' if n > 1 else ''}")
+
+
+def train_encoder(
+    data: Annotated[list[str], typer.Option("--data", help="a task's data, as train_data; one flag for each task, two or more")],
+    out: Annotated[str, typer.Option("--out", help="new folder, for --encoder")],
+    model: Annotated[str, typer.Option("--model", help="the base of the library's adapters")] = "bundled",
+    samples: Annotated[int, typer.Option("--samples", min=2, help="inputs of each task, spread over the data")] = 32,
+    r: Annotated[int, typer.Option("--r", min=1, help="rank of the adapter that the encoder is")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Train an encoder that brings inputs of one task together (LoraRetriever): a LoRA on the base, for tasks it never saw, too."""
+    from lorakit.adapters.io import save_adapter
+    from lorakit.serve.library import sample_inputs
+    from lorakit.serve.open import open_base
+    from lorakit.train.retriever import META
+    from lorakit.train.retriever import train_encoder as run
+
+    if len(set(data)) < len(data):
+        raise BadParameter("a source is given twice; expected one --data for each task")
+    opened = open_base(model)
+    adapter = run(opened.model, opened.tokenizer, {name: sample_inputs(name, samples) for name in data}, r=r, steps=steps, seed=seed)
+    save_adapter(adapter, out)
+    print(f"loss {adapter.meta[META]['loss']:.3f} after {steps} steps on {len(data)} tasks")
+    print("encoder:", out)
 
 
 def search(

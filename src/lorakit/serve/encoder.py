@@ -1,8 +1,9 @@
 """Texts as vectors, by which a library of adapters is searched.
 
-Any object with `name` and `encode` serves. Two are here:
+Any object with `name` and `encode` serves. Three are here:
 
     HiddenMean    the mean of a base's last hidden states over a text's tokens: needs nothing but the base, and finds coarsely
+    Tuned         the same of a base under an adapter that was trained for it (train/retriever.py)
     Sentences     a sentence encoder in a local folder (INSTRUCTOR, GTR, …), given an instruction: what LoraRetriever was published with
 
 Each text is encoded by itself, so that its vector does not depend on the others.
@@ -19,11 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lorakit.adapters.digest import digest
 from lorakit.adapters.record import read_bounded
 from lorakit.adapters.weights import read
+from lorakit.core.adapter import Adapter
+from lorakit.core.attach import attach_adapter
 from lorakit.core.errors import CheckpointError, Incompatible
 from lorakit.core.fingerprint import fingerprint
 from lorakit.core.layer import Slot
+from lorakit.train.retriever import META, body_of
 
 LENGTH = 512
 """Tokens of a text that are read at most: the last ones."""
@@ -52,7 +57,7 @@ class HiddenMean:
         net: Any = model
         found = fingerprint(model)
         self.name = f"hidden-mean of base {found.rows or found.checkpoint}"
-        self.body = net.get_encoder() if net.config.is_encoder_decoder else net.base_model
+        self.body = body_of(model)
         self.tokenizer = tokenizer
         self.length = min(LENGTH, getattr(net.config, "max_position_embeddings", None) or LENGTH)
         self.start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -67,6 +72,21 @@ class HiddenMean:
         device = next(self.body.parameters()).device
         hidden = self.body(input_ids=torch.tensor([ids], device=device)).last_hidden_state
         return hidden[0].float().mean(0).cpu()  # type: ignore[no-any-return]
+
+
+class Tuned(HiddenMean):
+    """`HiddenMean` of a base that is its own: the adapter is merged into it. Vectors have unit length."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> None:
+        if META not in adapter.meta:
+            raise Incompatible("this adapter was not trained to encode inputs; `lorakit library train-encoder` trains one")
+        super().__init__(model, tokenizer)
+        attach_adapter(model, adapter).merge_and_unload()
+        self.name = f"{self.name} with {digest(adapter.tensors)[:12]}"
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """[n, d]."""
+        return F.normalize(super().encode(texts), dim=1)
 
 
 class Sentences:

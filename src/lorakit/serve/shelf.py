@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
+from lorakit.adapters.folder import locate
+from lorakit.adapters.io import RECORD, load_adapter
 from lorakit.core.errors import BadParameter, did_you_mean
 from lorakit.serve.arrow import attach_arrow
-from lorakit.serve.encoder import Encoder, HiddenMean, Sentences
+from lorakit.serve.encoder import Encoder, HiddenMean, Sentences, Tuned
 from lorakit.serve.generate import stream
 from lorakit.serve.library import WAYS, Library, open_library
 from lorakit.serve.mixture import attach_mixture
 from lorakit.serve.open import Opened, open_base
 from lorakit.serve.token_level import Nearness
 from lorakit.serve.token_level import stream as stream_by_token
+from lorakit.train.source_model import load_model
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,13 @@ def open_shelf(folder: str | Path, *, model: str | None = None, encoder: str | N
 
 
 def encoder_for(opened: Opened, folder: str | None) -> Encoder:
-    """The sentence encoder in a folder; without one, the base's own hidden states."""
-    return HiddenMean(opened.model, opened.tokenizer) if folder is None else Sentences(folder)
+    """The encoder in a folder: an adapter that was trained as one, on another copy of the base, or a sentence encoder; without a folder,
+    the base's own hidden states."""
+    if folder is None:
+        return HiddenMean(opened.model, opened.tokenizer)
+    if locate(folder, RECORD) is not None:
+        return Tuned(load_model(opened.meta["model"]), opened.tokenizer, load_adapter(folder))
+    return Sentences(folder)
 
 
 @dataclass(frozen=True)
