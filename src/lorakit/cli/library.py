@@ -56,7 +56,7 @@ def train_encoder(
     steps: Annotated[int, typer.Option("--steps", min=1)] = 100,
     seed: Seed = 0,
 ) -> None:
-    """Train an encoder that brings inputs of one task together (LoraRetriever): a LoRA on the base, for tasks it never saw, too."""
+    """Train an encoder that brings inputs of one task together (LoraRetriever): a LoRA on the base."""
     from lorakit.adapters.io import save_adapter
     from lorakit.serve.library import sample_inputs
     from lorakit.serve.open import open_base

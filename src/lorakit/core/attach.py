@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapter import POOL, UNFROZEN, Adapter
-from lorakit.core.base import BaseSpec, expand, hosts
+from lorakit.core.base import BaseSpec, added, expand, hosts
 from lorakit.core.calibrate import Calibration, observe
 from lorakit.core.combine import Combine
 from lorakit.core.context import Cell, Ctx
@@ -247,7 +247,7 @@ class Adapted:
             if shifts:
                 base.shift_(functools.reduce(torch.add, shifts))
             base.open_()
-            base.assign_(base.dense(wide) + functools.reduce(torch.add, changes))
+            base.assign_(added(base, functools.reduce(torch.add, changes)))
             slot.active = ()
             if base.module in tied:
                 self._set_tied(False)

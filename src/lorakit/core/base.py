@@ -282,6 +282,12 @@ def hosts(model: nn.Module, where: Where) -> list[nn.Module]:
     return list(found.values())
 
 
+def added(base: Base, change: Tensor) -> Tensor:
+    """W + change, at least in fp32; W itself is left as it is."""
+    W = base.dense(change.dtype)
+    return W + change if base.dtype == change.dtype else W.add_(change)  # a cast has made a copy
+
+
 def expand(model: nn.Module) -> nn.Module:
     """Every weight dense again, in plain modules: what it decodes to. The model must have no adapter."""
     stored = [module for module in model.modules() if getattr(type(module), "storage", None) is not None]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.base import base_of, expand
+from lorakit.core.base import added, base_of, expand
 from lorakit.core.errors import Incompatible
 from lorakit.core.layer import Slot
 from lorakit.core.prepare import tied_modules
@@ -24,14 +24,12 @@ def fold(model: nn.Module, sites: Sequence[Site], changes: Iterable[tuple[Site, 
     tied = tied_modules(model)
     for site, change in changes:
         base = base_of(model.get_submodule(site.module), site.attribute)
-        W = base.dense(torch.promote_types(base.dtype, torch.float32))
-        if site.rows is None:
-            W = W + change.to(W)
-        else:
-            rows = torch.cat([torch.arange(r.start, r.stop) for r in site.rows]).to(W.device)
-            W = W.index_add(-2, rows, change.to(W))
+        change = change.to(base.device, torch.promote_types(base.dtype, torch.float32))
+        if site.rows is not None:
+            rows = torch.cat([torch.arange(r.start, r.stop) for r in site.rows]).to(base.device)
+            change = change.new_zeros(*change.shape[:-2], *base.shape).index_copy(-2, rows, change)
         base.open_()
-        base.assign_(W)
+        base.assign_(added(base, change))
         base.forget_()
         config = getattr(model, "config", None)
         if base.module in tied and config is not None:

@@ -142,7 +142,9 @@ class Branch(nn.Module):
 
     def weight(self) -> Tensor:
         """The change of the module's whole weight W, d_out × d_in, at the branch's current scale."""
-        change = self.w * self.combine.weight(self.base, self.delta)
+        change = self.combine.weight(self.base, self.delta)
+        if self.w != 1.0:
+            change = self.w * change
         if self.index is None:
             return change
         return change.new_zeros(*change.shape[:-2], *self.host.shape).index_copy(-2, self.index, change)

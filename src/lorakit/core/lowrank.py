@@ -76,7 +76,7 @@ class LowRank(Delta):
         delta = self.B @ self._gated()
         if self.A0 is not None and self.B0 is not None:
             delta = delta - self.B0[:, self.absorbed :] @ self.A0[self.absorbed :]
-        return self.s * delta
+        return delta.mul_(self.s)
 
     def factors(self) -> Factors:
         return Factors(self._down(), self._up(), self.s)

@@ -3,8 +3,8 @@
     e(x) = mean over tokens of the last hidden state, of unit length
     loss = −log exp(e(x)·e(x⁺)/τ) / Σ_j exp(e(x)·e(x_j)/τ)          x, x⁺ of one task, x_j the partners of all tasks of the batch; both ways
 
-What is trained is a LoRA on the base, nothing else: the encoder is an ordinary adapter. Trained on some tasks it serves others, too, which
-is what a library needs that adapters are added to.
+What is trained is a LoRA on the base, nothing else: the encoder is an ordinary adapter. The paper trains on some tasks and finds others,
+too; how far that goes depends on the base (docs/log.md).
 Ours: the base as encoder (the paper takes INSTRUCTOR), in-batch negatives, a window of each text at random, and the defaults.
 """
 
