@@ -46,6 +46,21 @@ def test_planted_weights_are_found_on_a_quadratic(seed: int) -> None:
     assert close(dense(found.adapter.factors()["w"]), target, 0.02)
 
 
+def test_cobyla_finds_them_too_and_draws_nothing() -> None:
+    """What the authors' optimizer chooses at the paper's budget: fewer evaluations where the loss is smooth."""
+    parts = [update(i) for i in range(3)]
+    planted = [0.9, -0.6, 1.2]
+    target = sum(w * dense(f) for w, f in zip(planted, parts, strict=True))
+    some_, other = (
+        lorahub(layer(), [adapter(f) for f in parts], distance(target), search="cobyla", budget=60, l1=0.0, seed=seed) for seed in (0, 1)
+    )
+    assert some_.weights == pytest.approx(planted, abs=0.05)
+    assert some_.tried == other.tried
+    assert some_.adapter.meta["search"]["settings"]["search"] == "cobyla"
+    outside = lorahub(layer(), [adapter(f) for f in parts], distance(4 * target), search="cobyla", budget=60, l1=0.0)
+    assert weights_of(outside).abs().max() <= 1.5 and outside.weights[2] == pytest.approx(1.5, abs=0.05)
+
+
 def test_planted_weights_are_found_in_a_model() -> None:
     model, adapters = tiny_model("llama"), some(n=2)
     planted = mix(adapters, weights=[0.8, -0.5])
@@ -74,13 +89,14 @@ def test_the_loss_is_that_of_the_adapter_that_comes_out(space: str) -> None:
     assert found.adapter.meta["mix"]["space"] == space
 
 
+@pytest.mark.parametrize("search", ["cma", "cobyla"])
 @pytest.mark.parametrize("budget", [1, 2, 8, 9, 40])
-def test_exactly_the_budget_is_spent_and_never_a_gradient(budget: int) -> None:
+def test_exactly_the_budget_is_spent_and_never_a_gradient(budget: int, search: str) -> None:
     saved: list[Tensor] = []
     objective, calls = counted(predicts())
     model = tiny_model("llama")
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        found = lorahub(model, some(), objective, budget=budget)
+        found = lorahub(model, some(), objective, budget=budget, search=search)
     assert calls == [False] * budget
     assert len(found.tried) == budget and not saved
     assert all(p.grad is None for p in model.parameters())
@@ -181,8 +197,10 @@ def test_what_was_typed_wrong(options: dict, message: str) -> None:
 def test_missing_packages_are_named_before_the_model_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cma", None)
     objective, calls = counted(predicts())
-    with pytest.raises(MissingExtra, match=r"lorakit\[search\]"):
-        lorahub(tiny_model("llama"), some(), objective)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    for search in ("cma", "cobyla"):
+        with pytest.raises(MissingExtra, match=r"lorakit\[search\]"):
+            lorahub(tiny_model("llama"), some(), objective, search=search)
     assert not calls
 
 

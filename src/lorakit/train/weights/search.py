@@ -5,22 +5,26 @@
 The best of all that were tried is kept, so the score is never worse than the base's. Only forwards are run.
 `space`: the paper adds A and B up apart with the same w on both (`factor:both`), which needs equal ranks, gives each adapter w² and makes
 cross terms; there w and −w are one mixture. Ours is `delta`: Σ w ΔW of any ranks, where a negative weight subtracts.
-The search is CMA-ES (the extra `search`), its step size a third of the bound, a point outside the box reflected at its faces. The paper
-names CMA-ES, too; the authors' code takes nevergrad's NGOpt, whose release 1.0.12 fails with today's numpy.
+The search is CMA-ES (the extra `search`), its step size a third of the bound, a point outside the box reflected at its faces: what paper
+and survey name. The authors' code takes nevergrad's NGOpt, which at the paper's budget is COBYLA, whatever the number of adapters (release
+1.0.12, 1 to 50): `search=cobyla`, linear models in a region of the same size, from the best point anew where it ends early.
 The loss is the mean over all labels; the authors' code divides a sum of batch means by the number of examples, so that what l1 weighs
 against changes with the batch size.
 Defaults: the paper's budget 40, bound 1.5 and l1 0.05.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Annotated
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 from torch import nn
 
 from lorakit.core.adapter import Adapter
+from lorakit.core.errors import MissingExtra
 from lorakit.parts.loops.ask_tell import CMA, Search, Vector, Vectors
 from lorakit.train.weights.finder import finder
 from lorakit.train.weights.found import Found, Tried, best_of, mixed
@@ -58,6 +62,7 @@ def lorahub(
     adapters: Sequence[Adapter],
     objective: Objective,
     *,
+    search: Literal["cma", "cobyla"] = "cma",
     space: Space = "delta",
     budget: Annotated[int, Field(ge=1)] = 40,
     bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.5,
@@ -67,21 +72,69 @@ def lorahub(
 ) -> Found:
     """One weight an adapter by a search without gradients, `budget` evaluations of a few examples."""
     n, tried = len(adapters), list[Tried]()
-    search: Search = Boxed(n, bound, seed)
+    run = SEARCHES[search](n, bound, seed)
     with together(model, adapters, space=space, force=force) as here:
 
         def score(w: Vector) -> float:
+            if len(tried) == budget:
+                raise _SpentError
             here.set_([w.tolist()])
             loss = mean_loss(objective, model)
             tried.append(Tried((tuple(map(float, w)),), loss, loss + l1 * float(np.abs(w).mean())))
             return tried[-1].score
 
-        score(np.zeros(n))
-        while len(tried) < budget:
-            asked = search.ask()
-            scores = [score(w) for w in asked[: budget - len(tried)]]
-            if len(scores) == len(asked):  # the last generation may be cut short
-                search.tell(np.asarray(scores))
+        with suppress(_SpentError):
+            score(np.zeros(n))
+            run(score)
         found = best_of(here, tried)
-    settings = {"space": space, "budget": budget, "bound": bound, "l1": l1, "seed": seed}
+    settings = {"search": search, "space": space, "budget": budget, "bound": bound, "l1": l1, "seed": seed}
     return mixed(adapters, found, how="lorahub", space=space, base=tried[0].loss, force=force, settings=settings)
+
+
+class _SpentError(Exception):
+    """The budget is."""
+
+
+Score = Callable[[Vector], float]
+Run = Callable[[Score], None]
+"""Calls a function of [n] until it raises."""
+
+
+def by_cma(n: int, bound: float, seed: int) -> Run:
+    """Raises MissingExtra."""
+    search: Search = Boxed(n, bound, seed)
+
+    def run(score: Score) -> None:
+        while True:
+            asked = search.ask()
+            search.tell(np.asarray([score(w) for w in asked]))  # the last generation may be cut short
+
+    return run
+
+
+def by_cobyla(n: int, bound: float, seed: int) -> Run:
+    """Nothing is drawn. Raises MissingExtra."""
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise MissingExtra("scipy", "search") from None
+    given = {"method": "COBYLA", "bounds": [(-bound, bound)] * n, "tol": 1e-4 * bound}
+
+    def run(score: Score) -> None:
+        best, least = np.zeros(n), math.inf
+
+        def kept(w: Vector) -> float:
+            nonlocal best, least
+            inside = np.clip(w, -bound, bound)
+            found = score(inside)
+            if found < least:
+                best, least = inside, found
+            return found if math.isfinite(found) else sys.float_info.max
+
+        while True:
+            minimize(kept, best, options={"rhobeg": bound / 3, "maxiter": 100 * (n + 2)}, **given)
+
+    return run
+
+
+SEARCHES: Mapping[str, Callable[[int, float, int], Run]] = {"cma": by_cma, "cobyla": by_cobyla}
