@@ -14,7 +14,6 @@ with the square of the number, so that beyond --peer-limit adapted linears it is
 """
 
 import argparse
-import math
 import statistics
 import tempfile
 import warnings
@@ -223,7 +222,7 @@ def peaks(shape: Shape, names: Sequence[str], n: int, rank: int) -> dict[str, in
 # ------------------------------------------------------------------------------------------------------------------------ rows
 def growth(counts: Sequence[int], seconds: Sequence[float]) -> float | None:
     """The exponent p of seconds ~ countᵖ by least squares; None of a single count."""
-    return statistics.linear_regression([math.log(n) for n in counts], [math.log(s) for s in seconds]).slope if len(counts) > 1 else None
+    return harness.exponent(counts, seconds) if len(counts) > 1 else None
 
 
 def rows_of(model: str, shape: Shape, args: argparse.Namespace) -> list[Row]:

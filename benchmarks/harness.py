@@ -157,6 +157,11 @@ class Paired:
         return [round(value, 4) for value in (self.median, self.low, self.high)]
 
 
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """p of y ~ xᵖ by least squares: 1 is linear, 2 quadratic."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
 def rank(n: int, coverage: float = 0.95) -> int:
     """The index, from either end of n sorted values, of an interval that holds the median with that probability; 0: none is that wide."""
     k, outside = 0, 0.0

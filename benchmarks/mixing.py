@@ -452,7 +452,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     whole = harness.is_default(parser, argparse.Namespace(**{**vars(args), "adapters": parser.get_default("adapters")}))
     warnings.simplefilter("ignore")  # PEFT's, of every second adapter
     if args.smoke:
-        args.adapters = tempfile.mkdtemp(prefix="lorakit-mixing-smoke-")
+        room = tempfile.TemporaryDirectory()  # its adapters are no adapters
+        args.adapters = room.name
         args.tasks, args.counts, args.steps, args.rank, args.windows, args.rounds, args.every = TASKS[:3], [2], 1, 2, 1, 1, 9
     judge, runs = Judge(args), dict[Key, list[dict[str, Any]]]()
     for seed in args.seeds or range(args.rounds):

@@ -362,7 +362,7 @@ def growth(sizes: Sizes, rounds: int, rates: Mapping[str, float]) -> Iterator[Ro
                 points.append({"way": name, "along": axis, "at": at} | figures(known[case], way.work(case), rates))
             yield from (named("growth", point) for point in points)
             last = points[-FITTED:]
-            time, flops = (exponent([p["at"] for p in last], [p[key] for p in last]) for key in ("s", "Gflop"))
+            time, flops = (harness.exponent([p["at"] for p in last], [p[key] for p in last]) for key in ("s", "Gflop"))
             row = {"way": name, "in": axis, "of time": time, "of flops": flops, "apart": abs(time - flops)}
             exponents.append(named("exponents", row))
     yield from exponents
@@ -371,11 +371,6 @@ def growth(sizes: Sizes, rounds: int, rates: Mapping[str, float]) -> Iterator[Ro
 def _one_site(way: Way, case: Case) -> Callable[[], Adapter]:
     site = Site("model.layers.0.self_attn.q_proj", "linear", case.n, case.m, 0, "q")
     return partial(way.of, [adapter([site], case.r, seed) for seed in range(case.N)], stats_of(way, site, case.N))
-
-
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """p of y ~ xᵖ by least squares."""
-    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
 def plot(rows: Sequence[Row], sizes: Sizes, png: Path) -> Path:

@@ -104,7 +104,7 @@ def test_exponents_are_of_the_largest_sizes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_exponent_is_that_of_the_law() -> None:
-    assert bench.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    assert bench.harness.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
 
 
 def test_work_at_the_products_rates() -> None:

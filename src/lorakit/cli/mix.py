@@ -126,14 +126,9 @@ def _statistics(how: str, files: Sequence[str]) -> "list[dict[str, Tensor]] | No
 
 def _check(tree: "Mix") -> None:
     """Names and ranges, before any adapter is read."""
-    from lorakit.adapters.mix.mix import SEEDS
-    from lorakit.adapters.mix.mixers import get_mixer
-    from lorakit.adapters.mix.spaces import space_of
+    from lorakit.adapters.mix.mix import understood
 
-    get_mixer(tree.how).rule(**tree.options)
-    space_of(tree.space)
-    if not 0 <= tree.seed < SEEDS:
-        raise BadParameter(f"seed={tree.seed}; expected a number from 0 to 2**63 - 1")
+    understood(tree.how, tree.space, tree.seed, tree.options)
     for part in tree.of:
         if not isinstance(part, str):
             _check(part)

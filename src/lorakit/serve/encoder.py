@@ -28,7 +28,7 @@ from lorakit.core.attach import attach_adapter
 from lorakit.core.errors import CheckpointError, Incompatible
 from lorakit.core.fingerprint import fingerprint
 from lorakit.core.layer import Slot
-from lorakit.train.retriever import META, body_of
+from lorakit.train.retriever import META, pooled
 
 LENGTH = 512
 """Tokens of a text that are read at most: the last ones."""
@@ -57,7 +57,7 @@ class HiddenMean:
         net: Any = model
         found = fingerprint(model)
         self.name = f"hidden-mean of base {found.rows or found.checkpoint}"
-        self.body = body_of(model)
+        self.model = model
         self.tokenizer = tokenizer
         self.length = min(LENGTH, getattr(net.config, "max_position_embeddings", None) or LENGTH)
         self.start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -69,9 +69,7 @@ class HiddenMean:
     @torch.no_grad()
     def _one(self, text: str) -> Tensor:
         ids = self.tokenizer(text, verbose=False)["input_ids"][-self.length :] or [self.start]
-        device = next(self.body.parameters()).device
-        hidden = self.body(input_ids=torch.tensor([ids], device=device)).last_hidden_state
-        return hidden[0].float().mean(0).cpu()  # type: ignore[no-any-return]
+        return pooled(self.model, [ids])[0].cpu()
 
 
 class Tuned(HiddenMean):

@@ -9,6 +9,7 @@ A classifier's head that the adapter does not bring starts fresh and is trained 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from textwrap import shorten
 from typing import Any
 
@@ -40,15 +41,20 @@ class Beginning:
     folder: str
     adapter: Adapter
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of its tensors."""
+        return digest(self.adapter.tensors)
+
     def facts(self) -> dict[str, Any]:
         """Which adapter it is: what must be equal for a run to be resumed. JSON values only."""
         recipe = self.adapter.recipe
-        return {"method": recipe.name, "parameters": json.loads(to_json(recipe.kwargs)), "sha256": digest(self.adapter.tensors)}
+        return {"method": recipe.name, "parameters": json.loads(to_json(recipe.kwargs)), "sha256": self.sha256}
 
     def provenance(self) -> dict[str, Any]:
         """What the new adapter's meta says of it."""
         meta = self.adapter.meta
-        facts = {"folder": self.folder, "method": self.adapter.recipe.name, "sha256": digest(self.adapter.tensors)}
+        facts = {"folder": self.folder, "method": self.adapter.recipe.name, "sha256": self.sha256}
         return facts | {k: meta[k] for k in HISTORY if k in meta}
 
     def settled(self, config: TrainConfig) -> TrainConfig:

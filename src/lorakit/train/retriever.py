@@ -83,12 +83,18 @@ def contrast(a: Tensor, b: Tensor, tau: float) -> Tensor:
 
 def encoded(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
     """e of each row of token ids: [n, d], fp32."""
+    return F.normalize(pooled(model, rows), dim=1)
+
+
+def pooled(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The mean of the last hidden states over each row of token ids: [n, d], fp32."""
     device, longest = next(model.parameters()).device, max(map(len, rows))
     ids, mask = (torch.zeros(len(rows), longest, dtype=torch.long, device=device) for _ in range(2))
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, device=device), 1
     hidden = body_of(model)(input_ids=ids, attention_mask=mask).last_hidden_state.float() * mask[..., None]
-    return F.normalize(hidden.sum(1) / mask.sum(1, keepdim=True), dim=1)
+    means: Tensor = hidden.sum(1) / mask.sum(1, keepdim=True)
+    return means
 
 
 def body_of(model: nn.Module) -> Any:

@@ -1,6 +1,8 @@
 """`mix_into`: the whole change of each weight, written into the base."""
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,16 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path: Path) -> None:
         mix_into(model, adapters, weights=[1.0])
     with pytest.raises(BadParameter, match="no option 'density'"):
         mix_into(model, adapters, density=0.5)
+    last = adapters[1].sites[-1].name
+    damaged = dataclasses.replace(
+        adapters[1], tensors={**adapters[1].tensors, f"{last}.A": adapters[1].of(adapters[1].sites[-1])["A"] * math.nan}
+    )
+    with pytest.raises(AdapterMismatch, match="adapter 2 holds NaN"):
+        mix_into(model, [adapters[0], damaged])
+    grams = [{site.name: torch.eye(site.d_in) for site in one.sites} for one in adapters]
+    del grams[1][last]
+    with pytest.raises(BadParameter, match="stats has none"):
+        mix_into(model, adapters, "regmean", stats=grams)
     other = tiny_model("llama", seed=5)
     with pytest.raises(AdapterMismatch, match="the adapter was trained on"):
         mix_into(other, adapters)

@@ -139,6 +139,20 @@ def test_average_divides_by_the_weights() -> None:
         mix([adapter(f) for f in some], "average", weights=[1.0, -1.0])
 
 
+def test_an_average_of_orthogonal_updates_keeps_all_their_directions_and_factor_space_does_not() -> None:
+    """lora_average: every σ is 1/N of itself; averaged apart, own terms are 1/N² and the rest are cross terms of rank r."""
+    U, V = (torch.linalg.qr(torch.randn(d, 6, generator=torch.Generator().manual_seed(d))).Q for d in (12, 10))
+    parts = [
+        pair(i)._replace(A=V[:, 3 * i : 3 * i + 3].T, B=U[:, 3 * i : 3 * i + 3] * torch.tensor([3.0, 2.0, 1.0]), s=2.0) for i in (0, 1)
+    ]
+    found = weight(mix([adapter(f) for f in parts], "average"))
+    assert torch.allclose(torch.linalg.svdvals(found)[:6], torch.tensor([3.0, 3.0, 2.0, 2.0, 1.0, 1.0], dtype=torch.float64), atol=1e-5)
+    apart = weight(mix([adapter(f) for f in parts], space="factor:both"))
+    assert torch.linalg.matrix_rank(apart, tol=1e-5) == 3
+    own = torch.stack([U[:, i].double() @ apart @ V[:, i].double() for i in range(6)])
+    assert torch.allclose(own, torch.tensor([1.5, 1.0, 0.5] * 2, dtype=torch.float64), atol=1e-5)
+
+
 def test_slerp_goes_along_the_arc() -> None:
     one, other = pair(1), pair(2)
     one, other = (f._replace(s=f.s / float(dense(f).norm())) for f in (one, other))

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lorakit.adapters.digest import digest
-from lorakit.adapters.mix.mixers import get_mixer
+from lorakit.adapters.mix.mixers import Rule, get_mixer
 from lorakit.adapters.mix.parts import Progress, Sources
-from lorakit.adapters.mix.spaces import space_of
+from lorakit.adapters.mix.spaces import Space, space_of
 from lorakit.adapters.mix.work import Stats, Work
 from lorakit.adapters.plain import plain_lora
 from lorakit.core.adapter import Adapter
@@ -76,15 +76,20 @@ def mix_into(
 ) -> dict[str, Any]:
     """Write what the adapters do together into the weights of their base, for good: in delta space, and nothing is cut off.
 
-    The arguments are those of `mix`. One weight's change lies in memory at a time, in fp32. Where something is wrong, it is found before
-    the first weight is written. Returns how it was made and of what, as a mixture's meta says it.
+    The arguments are those of `mix`. One weight's change lies in memory at a time, in fp32. What is wrong with arguments, adapters, bases
+    and statistics is found before the first weight is written; where arithmetic fails at a site (a density that keeps nothing of it, Gram
+    matrices whose sum is not positive), the sites before it are written already. Returns how it was made and of what, as a mixture's meta
+    says it.
     """
     check_bare(model)
     given = _Order(how, weights, "delta", seed, stats, options)
     sources = Sources(adapters, force=force)
+    here = fingerprint(model)
     for adapter in adapters:
-        check_base(adapter, fingerprint(model), force=force)
+        check_base(adapter, here, force=force)
     work = given.work(adapters)
+    for site in sources.sites:
+        work.check(site, sources.factors(site))
 
     def changes() -> Iterator[tuple[Site, Tensor]]:
         for i, site in enumerate(sources.sites):
@@ -94,9 +99,6 @@ def mix_into(
 
     fold(model, sources.sites, changes())
     return given.record(adapters)
-
-
-SEEDS = 2**63
 
 
 class _Order(NamedTuple):
@@ -111,10 +113,8 @@ class _Order(NamedTuple):
 
     def work(self, adapters: Sequence[Adapter]) -> Work:
         """Raises BadParameter."""
-        mixer, (space, q) = get_mixer(self.how), space_of(self.space)
-        if not 0 <= self.seed < SEEDS:
-            raise BadParameter(f"seed={self.seed}; expected a number from 0 to 2**63 - 1")
-        return Work(mixer.rule(**self.options), space, q, self.seed, self.stats, _by_site(self._weights(adapters), adapters))
+        rule, space, q = understood(self.how, self.space, self.seed, self.options)
+        return Work(rule, space, q, self.seed, self.stats, _by_site(self._weights(adapters), adapters))
 
     def record(self, adapters: Sequence[Adapter]) -> dict[str, Any]:
         """The same in JSON, and of what it was made."""
@@ -131,6 +131,13 @@ class _Order(NamedTuple):
         if self.weights is not None:
             return self.weights
         return [1.0 if get_mixer(self.how).unit else 1 / len(adapters)] * len(adapters)
+
+
+def understood(how: str, space: str, seed: int, options: Mapping[str, Any]) -> tuple[Rule, Space, int | None]:
+    """What the words mean, before any adapter is read. Raises BadParameter."""
+    if not 0 <= seed < 2**63:
+        raise BadParameter(f"seed={seed}; expected a number from 0 to 2**63 - 1")
+    return (get_mixer(how).rule(**options), *space_of(space))
 
 
 def _by_site(weights: Sequence[Weight], adapters: Sequence[Adapter]) -> dict[str, list[float]]:

@@ -41,6 +41,12 @@ class Work:
         made = [whole(here, q) for here, q in self._each(site, parts)]
         return made[0] if site.experts is None else torch.stack(made)
 
+    def check(self, site: Site, parts: Parts) -> None:
+        """Raises what `at` and `whole` raise of a site's statistics."""
+        for i, f in enumerate(parts):
+            if f is not None:
+                self._stat(i, site)
+
     def _each(self, site: Site, parts: Parts) -> Iterator[tuple[Here, int | None]]:
         """What is put together at a site, of a stack for each expert, and the rank to which it is cut."""
         stats = [self._stat(i, site) if f is not None else None for i, f in enumerate(parts)]

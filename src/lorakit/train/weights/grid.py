@@ -21,6 +21,7 @@ from lorakit.train.weights.weighed import together
 
 LIMIT = 1000
 """Evaluations: more is a search's business."""
+TENTHS = tuple(i / 10 for i in range(11))
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -35,19 +36,7 @@ def control_pe(
     adapters: Sequence[Adapter],
     objective: Objective,
     *,
-    values: Annotated[tuple[Alpha, ...], BeforeValidator(listed), Field(min_length=1)] = (
-        0.0,
-        0.1,
-        0.2,
-        0.3,
-        0.4,
-        0.5,
-        0.6,
-        0.7,
-        0.8,
-        0.9,
-        1.0,
-    ),
+    values: Annotated[tuple[Alpha, ...], BeforeValidator(listed), Field(min_length=1)] = TENTHS,
     force: bool = False,
 ) -> Found:
     """The best of a grid of weights for one adapter or two, and the whole table; of equals the first."""
