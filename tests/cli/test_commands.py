@@ -4,25 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from lorakit.cli.main import app
 from lorakit.train.train import train
+from tests.cli.typed import run
 from tests.train.runs import class_file, config
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tmp = tmp_path_factory.mktemp("run")
-    settings = config(tmp, learning_rate=5e-2)
-    train(settings, quiet=True)
-    return Path(settings.output_dir) / "adapter"
-
-
-def run(*words: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def test_train_from_yaml_and_flags(tmp_path: Path, adapter: Path) -> None:

@@ -6,27 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from lorakit.adapters.io import load_adapter, save_adapter
-from lorakit.cli.main import app
-from lorakit.train.train import train
+from tests.cli.typed import run
 from tests.laws.subject import same_bits
-from tests.train.runs import config
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tmp = tmp_path_factory.mktemp("run")
-    settings = config(tmp, learning_rate=5e-2)
-    train(settings, quiet=True)
-    return Path(settings.output_dir) / "adapter"
-
-
-def run(*words: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def test_compress_says_what_it_saved_and_cost(adapter: Path, tmp_path: Path) -> None:

@@ -4,17 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from lorakit.cli.main import app
+from tests.cli.typed import run
 from tests.serve.values import saved
 from tests.train.runs import class_file, model_folder, text_file
-
-
-def run(*words: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module")

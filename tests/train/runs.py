@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lorakit.core.method import describe
 from lorakit.data.tiny import tiny_model, tiny_tokenizer
 from lorakit.train.config import TrainConfig, make_config
+from lorakit.train.run import Run
+from lorakit.train.train import train
 from tests.laws.subject import SMALL
 
 
@@ -76,3 +80,18 @@ def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
+
+
+def stopped(settings: TrainConfig, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and be killed before step `at`."""
+    real = Run._step
+
+    def dies(self: Run, progress: Any) -> dict[str, Any]:
+        if self.at.step == at:
+            raise KeyboardInterrupt
+        return real(self, progress)
+
+    with monkeypatch.context() as m:
+        m.setattr(Run, "_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, quiet=True)

@@ -27,7 +27,7 @@ from lorakit.train.source_model import load_model, load_tokenizer
 from lorakit.train.train import build, train
 from lorakit.train.weights import few_shots, init_from_mixture
 from tests.laws.subject import same_bits
-from tests.train.runs import class_file, config, model_folder, text_file
+from tests.train.runs import class_file, config, model_folder, stopped, text_file
 
 OWN: dict[str, dict[str, Any]] = {
     "lora": {"r": 3, "alpha": 5.0, "sites": ["q_proj", "mlp"], "dropout": 0.1},
@@ -293,21 +293,6 @@ def test_a_run_cut_in_two_ends_with_the_same_bytes(tmp_path: Path, method: str, 
     train(onward(tmp_path, start, resume="auto", **cut), quiet=True)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name / "adapter").iterdir()} for name in ("whole", "cut"))
     assert one == two
-
-
-def stopped(settings: TrainConfig, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, and be killed before step `at`."""
-    real = Run._step
-
-    def dies(self: Run, progress: Any) -> dict[str, Any]:
-        if self.at.step == at:
-            raise KeyboardInterrupt
-        return real(self, progress)
-
-    with monkeypatch.context() as m:
-        m.setattr(Run, "_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, quiet=True)
 
 
 @pytest.mark.parametrize("at", [1, 5])

@@ -22,7 +22,7 @@ from lorakit.train.run import Run
 from lorakit.train.schedule import rate_of
 from lorakit.train.sequence import ends_of, forgetting, means, rates_of, summary
 from lorakit.train.train import build, read_result, train
-from tests.train.runs import class_file, command, config
+from tests.train.runs import class_file, command, config, stopped
 from tests.train.test_resume import adapter_bytes, steps_and_losses
 
 (X,) = tiny_tokenizer()("X", add_special_tokens=False)["input_ids"]
@@ -231,17 +231,7 @@ def check_cut(tmp: Path, method: str, at: int, monkeypatch: pytest.MonkeyPatch, 
     """In the first task, at the border, in the second: metrics and adapter are those of the run that was never cut."""
     keys = {"method": method, "save_steps": 2, "eval_steps": 0, "warmup_steps": 1, **KEYS[method], **more}
     train(two(tmp, output_dir=str(tmp / "whole"), **keys), quiet=True)
-    real = Run._step
-
-    def dies(self: Run, progress: Any) -> dict[str, Any]:
-        if self.at.step == at:
-            raise KeyboardInterrupt
-        return real(self, progress)
-
-    with monkeypatch.context() as m:
-        m.setattr(Run, "_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(two(tmp, output_dir=str(tmp / "cut"), **keys), quiet=True)
+    stopped(two(tmp, output_dir=str(tmp / "cut"), **keys), at, monkeypatch)
     result = train(two(tmp, output_dir=str(tmp / "cut"), resume="auto", **keys), quiet=True)
     assert adapter_bytes(tmp / "whole") == adapter_bytes(tmp / "cut")
     assert steps_and_losses(tmp / "whole") == steps_and_losses(tmp / "cut")
