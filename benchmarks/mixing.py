@@ -49,8 +49,9 @@ from lorakit.data.split import Split
 from lorakit.serve.open import open_adapter
 from lorakit.serve.statistics import collect, load_statistics, save_statistics
 from lorakit.train.config import BUNDLED, make_config
-from lorakit.train.dataset import Rows, Side, prepare
+from lorakit.train.dataset import Side, prepare
 from lorakit.train.evaluate import evaluate
+from lorakit.train.rows import Rows
 from lorakit.train.source_model import bundled_base, load_model, load_tokenizer
 from lorakit.train.train import train
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lorakit.train.config import TrainConfig
-from lorakit.train.dataset import Side, prepare, read_rows
+from lorakit.train.dataset import Side, prepare
 from lorakit.train.distributed import World
+from lorakit.train.rows import read_rows
 from lorakit.train.source_model import load_tokenizer
 from lorakit.train.stream import Stream
 from tests.train.runs import class_file, config, text_file

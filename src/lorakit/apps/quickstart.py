@@ -26,12 +26,13 @@ from lorakit.serve.generate import complete, stream_chat
 from lorakit.serve.merge import Verdict, merge
 from lorakit.serve.open import Opened, open_adapter
 from lorakit.train.config import BUNDLED, TrainConfig, make_config
-from lorakit.train.dataset import TrainData, prepare, read_rows, trained_bytes
+from lorakit.train.dataset import TrainData, prepare, trained_bytes
 from lorakit.train.distributed import World, world
 from lorakit.train.evaluate import evaluate, to
 from lorakit.train.memory import estimate
 from lorakit.train.metrics import forward_loss
 from lorakit.train.report import draw_curve
+from lorakit.train.rows import read_rows
 from lorakit.train.run import Run
 from lorakit.train.source_model import load_model, load_tokenizer
 from lorakit.train.train import describe_run, seed_everything

@@ -55,7 +55,7 @@ def train(
     console = Console()
     console.print(report)
     if result.tasks:
-        console.print(sequence_table(result.tasks, [train_data for train_data, _ in settings.sources]))
+        console.print(sequence_table(result.tasks, [str(train_data) for train_data, _ in settings.sources]))
     for note in result.notes:
         console.print(f"note: {note}")
     console.print(f"adapter: {Path(settings.output_dir) / 'adapter'}", soft_wrap=True)

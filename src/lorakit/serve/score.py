@@ -9,9 +9,10 @@ from lorakit.data.source import load_rows
 from lorakit.serve.generate import stream, stream_chat
 from lorakit.serve.open import Opened
 from lorakit.train.config import make_config
-from lorakit.train.dataset import Rows, TrainData, prepare
+from lorakit.train.dataset import TrainData, prepare
 from lorakit.train.evaluate import evaluate
 from lorakit.train.metrics import exact_match
+from lorakit.train.rows import Rows
 from lorakit.train.source_model import CLASSIFY
 
 

@@ -28,12 +28,31 @@ class TrainConfig(pydantic.BaseModel):
     init_adapter: str | None = Field(
         None, description="a saved adapter (lorakit's or PEFT's folder) to start from; method and its parameters are then the adapter's own"
     )
-    train_data: str | tuple[str, ...] = Field(
-        "", description="JSONL, text file, folder, builtin:<task>/<kind>, or hf:<name>; several: tasks in sequence"
+    train_data: str | tuple[str, ...] | dict[str, float] = Field(
+        "",
+        description="a file (JSONL, JSON, CSV, Parquet, Arrow, text), folder, builtin:<task>/<kind>, or hf:<name>; "
+        "a list: tasks in sequence; {source: weight}: several in one",
     )
     eval_data: str | tuple[str, ...] | None = Field(None, description="as train_data; None: a split of train_data")
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="of train_data that is held out where eval_data is None")
+    mix_strategy: Literal["passes", "under", "over"] = Field(
+        "passes",
+        description="what the weights of several sources are: passes over each in an epoch; or shares of an epoch, "
+        "which ends when the first is used up (under) or the last (over)",
+    )
+    data_format: Literal["auto", "text", "chat", "pair", "classify", "tag", "preference", "feedback", "alpaca", "sharegpt"] = Field(
+        "auto", description="what the rows are; auto: recognized by their columns, and the reason printed"
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="our names: the file's, e.g. {prompt: question, completion: answer}")
+    skip_bad: bool = Field(False, description="leave out rows that cannot be used, counted and listed; off: the first is an error")
+    preprocessing_num_workers: int | None = Field(None, ge=1, description="processes that tokenize; None: by the number of rows and cores")
     output_dir: str = Field("out", description="run folder: checkpoints, metrics, curve, adapter")
-    task: Literal["auto", "causal-lm", "sequence-classification"] = Field("auto", description="auto: by the rows' shape")
+    task: Literal["auto", "causal-lm", "sequence-classification", "token-classification", "dpo", "kto"] = Field(
+        "auto", description="auto: by the rows' shape; an encoder-decoder model makes causal-lm sequence to sequence"
+    )
+    beta: float = Field(0.1, gt=0, description="of DPO and KTO: how far the model may go from the base")
+    desirable_weight: float = Field(1.0, ge=0, description="KTO's, of rows labeled true")
+    undesirable_weight: float = Field(1.0, ge=0, description="KTO's, of rows labeled false")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters are fp32")
     quantize: Literal["none", "nf4"] = Field("none", description="how the frozen linear weights are stored, for any method")
     max_length: int = Field(512, ge=2, description="longest sample, and the packing window")
@@ -66,12 +85,15 @@ class TrainConfig(pydantic.BaseModel):
     load_best_model_at_end: bool = Field(False, description="the final adapter is the one with the lowest eval loss")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better eval loss")
     resume: Literal["auto"] | None = Field(None, description="'auto': continue from the newest checkpoint in output_dir, if any")
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = Field("none", description="trackers through Accelerate")
+    run_name: str | None = Field(None, description="as reports and trackers call it; None: the name of output_dir")
+    report_samples: int = Field(3, ge=0, description="held-out prompts that report.html answers before and after training")
     method_args: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters (given flat, beside the other keys)")
 
     @property
-    def sources(self) -> list[tuple[str, str | None]]:
+    def sources(self) -> list[tuple[str | dict[str, float], str | None]]:
         """(train_data, eval_data) of each task. Raises BadParameter."""
-        train = (self.train_data,) if isinstance(self.train_data, str) else self.train_data
+        train = self.train_data if isinstance(self.train_data, tuple) else (self.train_data,)
         valid = (self.eval_data,) if self.eval_data is None or isinstance(self.eval_data, str) else self.eval_data
         if self.eval_data is not None and len(valid) != len(train):
             raise BadParameter(f"{len(train)} sources in train_data and {len(valid)} in eval_data; give one for each task, or none")
@@ -85,8 +107,14 @@ class TrainConfig(pydantic.BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed."""
-        return self.model_dump(mode="json", exclude={"resume", "output_dir", "logging_steps", "save_total_limit", "torch_compile"})
+        return self.model_dump(mode="json", exclude=set(FREE))
 
+
+FREE = (
+    "resume", "output_dir", "logging_steps", "save_total_limit", "torch_compile", "preprocessing_num_workers", "report_to", "run_name",
+    "report_samples",
+)  # fmt: skip
+"""Keys that do not decide what is learned: a resumed run may change them."""
 
 FIELDS = tuple(name for name in TrainConfig.model_fields if name != "method_args")
 

@@ -7,14 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.core.errors import DataError
 from lorakit.data.encoded import IGNORED, Encoded
 from lorakit.data.pack import collate, pack
 from lorakit.data.pad import n_tokens, n_tokens_both, pad
-from lorakit.data.row import Row, data_hash, shape_of
-from lorakit.data.source import load_rows
-from lorakit.data.tokenize import class_names, tokenize_classes, tokenize_rows
+from lorakit.data.row import Row, data_hash
+from lorakit.data.tokenize import tokenize_classes, tokenize_rows
 from lorakit.train.config import TrainConfig
+from lorakit.train.rows import Rows
 
 Batch = dict[str, Any]
 
@@ -60,54 +59,6 @@ class TrainData:
         """The same with training batches of one length, where there is one: what a compiled model takes."""
         side = self.train if self.train.fill is None else replace(self.train, collate=self.train.fill)
         return replace(self, train=side, later=tuple(task.filled() for task in self.later))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the configuration's sources hold, before tokenizing: enough to choose a task and a model."""
-
-    train: list[Row]
-    valid: list[Row]
-    known: tuple[Any, ...] = ()
-    """Class names in the order of a trained model's outputs; () takes those of the rows."""
-
-    @property
-    def task(self) -> str:
-        """The task that the rows' shape asks for."""
-        return "sequence-classification" if shape_of(self.train[0]) == "classify" else "causal-lm"
-
-    @property
-    def labels(self) -> list[Any]:
-        """Class names, [] for language modeling."""
-        if self.known:
-            return list(self.known)
-        return class_names([*self.train, *self.valid]) if self.task == "sequence-classification" else []
-
-
-def read_tasks(config: TrainConfig) -> list[Rows]:
-    """Both sides of every source, in order, with the same class names. Raises DataError."""
-    tasks = [read_rows(config, *source) for source in config.sources]
-    kinds = [rows.task for rows in tasks]
-    if len(set(kinds)) > 1:
-        raise DataError(f"tasks in sequence must be of one kind; found {', '.join(kinds)}")
-    labels = Rows([r for rows in tasks for r in rows.train], [r for rows in tasks for r in rows.valid]).labels
-    return [replace(rows, known=tuple(labels)) for rows in tasks]
-
-
-def read_rows(config: TrainConfig, train_data: str | None = None, eval_data: str | None = None) -> Rows:
-    """Load both sides of one source, by default the only one. Raises DataError."""
-    if train_data is None:
-        ((train_data, eval_data),) = config.sources
-    if not train_data:
-        raise DataError("no training data: give train_data (--train-data), e.g. data.jsonl, a folder, or builtin:email/code")
-    sides: dict[str, list[Row]] = {}
-    limits = {"train": config.max_train_samples, "valid": config.max_eval_samples}
-    for split in ("train", "valid"):
-        sides[split] = load_rows(train_data, split, valid=eval_data, seed=0)[: limits[split]]
-    rows = Rows(sides["train"], sides["valid"])
-    if config.task not in ("auto", rows.task):
-        raise DataError(f"task={config.task} needs other rows: {train_data} holds {shape_of(rows.train[0])} data")
-    return rows
 
 
 def prepare(

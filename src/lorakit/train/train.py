@@ -29,9 +29,10 @@ from lorakit.train.checkpoint import checkpoints
 from lorakit.train.compile import CompiledLayers, compile_layers
 from lorakit.train.compile_choice import choose
 from lorakit.train.config import TrainConfig
-from lorakit.train.dataset import Rows, TrainData, prepare, read_tasks
+from lorakit.train.dataset import TrainData, prepare
 from lorakit.train.distributed import World, shard, world
 from lorakit.train.report import draw_curve, read_log
+from lorakit.train.rows import Rows, read_tasks
 from lorakit.train.run import Result, Run
 from lorakit.train.source_model import CLASSIFY, head_of, load_model, load_tokenizer
 from lorakit.train.state import read_state

@@ -15,10 +15,11 @@ from lorakit.core.errors import DataError
 from lorakit.data.packable import eval_mode
 from lorakit.data.row import Row
 from lorakit.train.config import make_config
-from lorakit.train.dataset import Rows, Side, prepare
+from lorakit.train.dataset import Side, prepare
 from lorakit.train.evaluate import to
 from lorakit.train.kinds import told
 from lorakit.train.metrics import forward_loss
+from lorakit.train.rows import Rows
 
 Objective = Callable[[nn.Module], Iterable[tuple[Tensor, int]]]
 """(summed loss, labels) of each batch, with its graph where gradients are wanted: one batch's graph at a time lies in memory."""
