@@ -85,6 +85,15 @@ class Record(_Strict):
     sites: list[SiteRecord]
     meta: dict[str, Any]
 
+    @pydantic.model_validator(mode="after")
+    def _sites_differ(self) -> "Record":
+        seen: set[str] = set()
+        for site in self.sites:
+            if site.name in seen:
+                raise ValueError(f"the site {site.name!r} is there twice")
+            seen.add(site.name)
+        return self
+
 
 class _Head(BaseModel):
     format: str

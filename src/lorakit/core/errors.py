@@ -13,8 +13,16 @@ import difflib
 from collections.abc import Iterable
 
 
+LONGEST = 1000
+"""Characters of an error. A hostile or broken file may hold a name of any length."""
+
+
 class LorakitError(Exception):
     """Base of every error that lorakit raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        half = LONGEST // 2
+        super().__init__(message if len(message) <= LONGEST else f"{message[:half]} … {message[-half:]}")
 
 
 class NoSuchSite(LorakitError, ValueError):

@@ -184,6 +184,8 @@ def list_methods() -> list[str]:
 def describe(name: str) -> Entry:
     """The registered entry, or for `a+b` that of both at once (core/compose.py). Raises NoSuchMethod naming the nearest."""
     _discover()
+    if not isinstance(name, str):  # as a configuration or a record may say
+        raise NoSuchMethod(f"a method has a name, not {name!r}; lorakit list shows them")
     if "+" in name:
         entries = [describe(part) for part in name.split("+")]
         papers = ", ".join(dict.fromkeys(entry.paper for entry in entries))

@@ -46,6 +46,9 @@ def take_shapes(fit: Callable[[Mapping[str, torch.Size]], None], shapes: Mapping
         fit(shapes)
     except AdapterMismatch as error:
         raise AdapterMismatch(f"{path}: {error}") from None
+    except (IndexError, ValueError):  # a part reads the sides that its tensors must have
+        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise AdapterMismatch(f"{path}: the tensors have the wrong number of dimensions: {found}") from None
 
 
 class Patch(Shared):
