@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.delta import Factors
+from lorakit.core.errors import AdapterMismatch
 
 OVERSAMPLING, ROUNDS = 10, 2
 """Of the range finder (arXiv:0909.4061): columns beyond the rank, and power iterations."""
@@ -70,9 +71,11 @@ def singular_values(f: Factors) -> Tensor:
 
 
 def _core(f: Factors) -> Tensor:
-    """s R_B R_Aᵀ."""
+    """s R_B R_Aᵀ. Raises AdapterMismatch where it is not finite, as finite factors under a hostile scale are."""
     left, right = (torch.linalg.qr(M.double(), mode="r").R for M in (f.B, f.A.mT))
     core: Tensor = f.s * (left @ right.mT)
+    if not core.isfinite().all():
+        raise AdapterMismatch(f"an update is not finite: its scale is {f.s:g}")
     return core
 
 

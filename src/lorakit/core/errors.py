@@ -14,14 +14,14 @@ from collections.abc import Iterable
 
 
 LONGEST = 1000
-"""Characters of an error. A hostile or broken file may hold a name of any length."""
+"""Characters of an error, which is one line: a hostile or broken file may hold any name."""
 
 
 class LorakitError(Exception):
     """Base of every error that lorakit raises on purpose."""
 
     def __init__(self, message: str = "") -> None:
-        half = LONGEST // 2
+        message, half = " ".join(message.splitlines()), LONGEST // 2
         super().__init__(message if len(message) <= LONGEST else f"{message[:half]} … {message[-half:]}")
 
 
