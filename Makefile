@@ -17,7 +17,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytes
 PROCESSES ?= 2
 THREADS ?= 1# tiny tensors: more threads only wait for each other
 NEEDS = pyproject.toml constraints.txt
-BENCHMARKS = train_step end_to_end adapter_io mixing mixing_scale
+BENCHMARKS = train_step end_to_end adapter_io mixing mixing_scale every_method
 
 .PHONY: demo test slow check bench bench-smoke clean
 .DELETE_ON_ERROR:
@@ -36,7 +36,7 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(PYTEST) -q tests/test_architecture.py
-	$(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 # as a user runs it: all cores, and no wait policy of ours
 bench: $(VENV)/.installed-test

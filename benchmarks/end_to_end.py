@@ -46,9 +46,9 @@ from lorakit.data.encoded import IGNORED
 from lorakit.data.jsonl import read_jsonl
 from lorakit.data.pack import pack
 from lorakit.data.pad import pad
-from lorakit.data.tokenize import tokenize_rows
+from lorakit.data.tokenize import tokenize_rows, trained_bytes
 from lorakit.train.config import BUNDLED
-from lorakit.train.dataset import Side, trained_bytes
+from lorakit.train.dataset import Side
 from lorakit.train.evaluate import evaluate
 from lorakit.train.source_model import bundled_base, load_tokenizer
 

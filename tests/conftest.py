@@ -1,3 +1,4 @@
+import os
 import re
 from collections.abc import Iterable
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+os.environ.setdefault("LORAKIT_CACHE", "off")  # tests leave the cache of whoever runs them alone
 torch.set_num_threads(1)  # the same bits on every machine, and no fight over cores
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -1,5 +1,7 @@
 """lorakit: one toolkit for everything people do with low-rank adapters."""
 
+from typing import TYPE_CHECKING, Any
+
 from lorakit.core.adapter import Adapter
 from lorakit.core.attach import Adapted, attach, load
 from lorakit.core.delta import Delta, Factors
@@ -20,11 +22,15 @@ from lorakit.core.method import Method, describe, get_method, list_methods, meth
 from lorakit.core.site import Site, select
 from lorakit.parts.bases.quantize import quantize
 
+if TYPE_CHECKING:
+    from lorakit.train.outside import AdapterTrainerMixin, adapter_trainer
+
 __version__ = "0.1.0"
 __all__ = [
     "Adapted",
     "Adapter",
     "AdapterMismatch",
+    "AdapterTrainerMixin",
     "BadParameter",
     "CheckpointError",
     "DataError",
@@ -39,6 +45,7 @@ __all__ = [
     "NotExportable",
     "NotMergeable",
     "Site",
+    "adapter_trainer",
     "attach",
     "describe",
     "get_method",
@@ -48,3 +55,12 @@ __all__ = [
     "quantize",
     "select",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need Transformers, which `import lorakit` leaves alone."""
+    if name in ("AdapterTrainerMixin", "adapter_trainer"):
+        from lorakit.train import outside
+
+        return getattr(outside, name)
+    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")

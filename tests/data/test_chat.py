@@ -147,7 +147,7 @@ def test_what_cannot_be_encoded_is_one_clear_line():
         encode_chat(tiny_tokenizer(chat_template=None), chat("a", "b"))
     with pytest.raises(DataError, match="no assistant message to learn from"):
         encode_chat(TOKENIZER, chat("a"))
-    with pytest.raises(DataError, match="train_on is 'user'; choose 'assistant' or 'all'"):
+    with pytest.raises(DataError, match="train_on is 'user'; choose 'assistant', 'last' or 'all'"):
         encode_chat(TOKENIZER, chat("a", "b"), train_on="user")
     strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}"
     with pytest.raises(DataError, match=r"refuses a conversation with the roles user, assistant: system first|roles user: system first"):
@@ -187,9 +187,57 @@ class Joining:
         return given or self.chat_template
 
     def __call__(self, text, **_):
-        return {"input_ids": [len(text)]}
+        return {"input_ids": [[len(one)] for one in text]}
 
 
 def test_an_unstable_tokenizer_without_offsets_is_refused():
     with pytest.raises(DataError, match="reports no offsets; load its fast version"):
         encode_chat(Joining(), chat("a", "b"))
+
+
+# ------------------------------------------------------------------------------------------------------- messages that say so themselves
+def flagged(*said):
+    """Messages of (role, content) or (role, content, train)."""
+    return [{"role": role, "content": text} | ({"train": train[0]} if train else {}) for role, text, *train in said]
+
+
+MARKED_OR_NOT = pytest.mark.parametrize("template", [CHATML, unmarked(CHATML)], ids=["marked", "prefix"])
+
+
+@MARKED_OR_NOT
+def test_a_message_says_itself_whether_it_is_learned(template):
+    messages = flagged(("user", "q", False), ("assistant", "one", False), ("user", "r"), ("assistant", "two", True), ("assistant", "three"))
+    assert trained(encode_chat(TOKENIZER, messages, chat_template=template)) == "two<eos>three<eos>"
+    messages = flagged(("user", "q", True), ("assistant", "one"))
+    assert trained(encode_chat(TOKENIZER, messages, chat_template=template)) == "<|user|>\nq<eos>one<eos>"
+    messages = flagged(("user", "q"), ("assistant", "one", False))
+    assert encode_chat(TOKENIZER, messages, chat_template=template).trained == 0
+    plain = flagged(("user", "q"), ("assistant", "one"))
+    assert (
+        encode_chat(TOKENIZER, messages, chat_template=template).input_ids
+        == encode_chat(TOKENIZER, plain, chat_template=template).input_ids
+    )
+
+
+@MARKED_OR_NOT
+def test_the_last_turn_alone_can_be_learned(template):
+    messages = chat("q", "one", "r", "two", "s")
+    assert trained(encode_chat(TOKENIZER, messages, chat_template=template, train_on="last")) == "two<eos>"
+    messages[1]["train"] = True
+    assert trained(encode_chat(TOKENIZER, messages, chat_template=template, train_on="last")) == "one<eos>two<eos>"
+
+
+def test_a_message_can_be_left_out_of_everything():
+    messages = flagged(("user", "q", False), ("assistant", "one"), ("user", "r"), ("assistant", "two", False))
+    sample = encode_chat(TOKENIZER, messages, chat_template=CHATML, train_on="all")
+    assert trained(sample) == "\n<|assistant|>\none<eos>\n<|user|>\nr<eos>\n<|assistant|>\n\n"
+    messages = flagged(("user", "q"), ("assistant", "one", True))
+    assert encode_chat(TOKENIZER, messages, chat_template=CHATML, train_on="all").trained == len(
+        encode_chat(TOKENIZER, messages, chat_template=CHATML).input_ids
+    )
+
+
+def test_the_flag_is_no_matter_of_the_template():
+    telling = CHATML.replace("m['content'] + '<eos>'", "m['content'] + (m.train | string) + '<eos>'")
+    messages = flagged(("user", "q"), ("assistant", "one", True))
+    assert "True" not in TOKENIZER.decode(encode_chat(TOKENIZER, messages, chat_template=telling).input_ids)

@@ -1,5 +1,6 @@
 """The central claim: a packed window's logits and gradients are those of its documents alone."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.core.errors import DataError
+from lorakit.data.builtin import load
 from lorakit.data.encoded import IGNORED, Encoded
-from lorakit.data.pack import collate, fill, pack
-from lorakit.data.tiny import tiny_model
+from lorakit.data.pack import Packed, collate, fill, pack
+from lorakit.data.samples import Samples
+from lorakit.data.tiny import tiny_model, tiny_tokenizer
+from lorakit.data.tokenize import tokenize_rows
 
 sequences = st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=9), min_size=1, max_size=30)
 
@@ -33,7 +37,56 @@ def test_every_document_lies_whole_in_one_window(documents, length):
         assert labels == [IGNORED, *ids[1:]]
     assert all(1 <= len(w.input_ids) == len(w.labels) == len(w.position_ids) <= length for w in windows)
     assert sum(w.documents for w in windows) == len(documents)
-    assert windows == pack([encoded(d) for d in documents], length)
+    assert list(windows) == list(pack([encoded(d) for d in documents], length))
+
+
+def copied(samples, length):
+    """Windows as they were before they held indices: each a copy of its documents, found by the same best fit."""
+    windows, rooms, since = [], [], {}
+    for step, i in enumerate(sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))):
+        size = len(samples[i].input_ids)
+        fitting = [w for w, room in enumerate(rooms) if room >= size]
+        if not fitting:
+            windows.append([]), rooms.append(length)
+        # least room first; among equals, the one whose room became so first
+        at = min(fitting, key=lambda w: (rooms[w], since[w])) if fitting else len(rooms) - 1
+        windows[at].append(i)
+        rooms[at] -= size
+        since[at] = step
+    made = []
+    for members in windows:
+        documents = [samples[i] for i in sorted(members)]
+        made.append(
+            Packed(
+                [t for d in documents for t in d.input_ids],
+                [t for d in documents for t in (IGNORED, *d.labels[1:])],
+                [p for d in documents for p in range(len(d.input_ids))],
+            )
+        )
+    return made
+
+
+def test_windows_by_index_are_bit_equal_to_copies_on_real_data():
+    """And to those of samples that are a list."""
+    samples = tokenize_rows(tiny_tokenizer(), load("xml", "chat", "train"), max_length=512).samples
+    assert isinstance(samples, Samples)
+    windows, old = pack(samples, 512), copied(list(samples), 512)
+    assert len(windows) == len(old) > 5
+    assert list(windows) == list(pack(list(samples), 512)) == old
+    ours, theirs = collate(windows[:4], pad_id=3), collate(old[:4], pad_id=3)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ("input_ids", "labels", "position_ids"))
+    assert windows.lengths.tolist() == [len(w.input_ids) for w in old]
+    assert windows[-1] == old[-1]
+    assert windows[1:9:3] == old[1:9:3]
+
+
+def test_a_window_holds_four_bytes_a_sample():
+    lengths = np.full(10_000, 3)
+    samples = Samples.of([encoded([7] * n) for n in lengths], "token")
+    windows = pack(samples, 30)
+    assert windows.samples is samples
+    assert windows.members.nbytes == 4 * len(samples)
+    assert windows.offsets.nbytes == 8 * (len(windows) + 1) == 8 * 1001
 
 
 @given(sequences, st.integers(9, 20))

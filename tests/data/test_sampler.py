@@ -2,11 +2,13 @@ import random
 from itertools import islice, pairwise
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.core.errors import CheckpointError, DataError
-from lorakit.data.sampler import Batches, grouped, permutation
+from lorakit.core.random import generator
+from lorakit.data.sampler import SORTED, Batches, grouped, permutation
 
 sizes = st.integers(1, 40)
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=60)
@@ -104,6 +106,7 @@ def test_every_epoch_holds_every_item_once_when_grouped(lengths, batch, seed):
 
 
 @given(lengths, sizes, seeds, st.integers(0, 20), st.integers(1, 12))
+@settings(deadline=None)
 def test_resuming_equals_never_stopping_when_grouped(lengths, batch, seed, done, other):
     n = len(lengths)
     whole = take(Batches(n, batch, lengths=lengths, seed=seed), done + 5)
@@ -167,3 +170,33 @@ def test_grouping_may_not_be_switched_on_resuming():
     for a, b in ((plain, near), (near, plain)):
         with pytest.raises(CheckpointError, match="group_by_length"):
             a.load_state_dict(b.state_dict())
+
+
+def by_lists(lengths, size, seed, epoch):
+    """`grouped` as it was written before it took arrays."""
+    n, order = len(lengths), permutation(len(lengths), seed, epoch)
+    if n < 2 * size:
+        return order
+
+    def near(items, count, border):
+        start = round(torch.rand((), generator=generator(seed, f"border:{border}")).item() * (len(items) - count))
+        chosen = sorted(items, key=lengths.__getitem__)[start : start + count]
+        return chosen, [item for item in items if item not in set(chosen)]
+
+    head = -epoch * n % size
+    first, rest = near(order, head, epoch)
+    last, rest = near(rest, (n - head) % size, epoch + 1)
+    part = size * max(1, min(SORTED, n // (2 * size)))
+    parts = [sorted(rest[i : i + part], key=lengths.__getitem__) for i in range(0, len(rest), part)]
+    batches = [items[i : i + size] for items in parts for i in range(0, len(items), size)]
+    shuffled = torch.randperm(len(batches), generator=generator(seed, f"batches:{epoch}")).tolist()
+    return [*first, *(item for k in shuffled for item in batches[k]), *last]
+
+
+@pytest.mark.parametrize("n", [1, 9, 40, 301])
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_the_order_is_what_it_was_before_there_were_arrays(n, size):
+    for seed in range(5):
+        lengths = random.Random(seed).choices(range(1, 30), k=n)
+        for epoch in range(4):
+            assert grouped(lengths, size, seed, epoch) == by_lists(lengths, size, seed, epoch)

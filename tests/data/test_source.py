@@ -1,4 +1,5 @@
 import json
+import pickle
 import sys
 import types
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorakit.core.errors import DataError, MissingExtra
 from lorakit.data import builtin
-from lorakit.data.source import load_rows
+from lorakit.data.source import Reading, load_rows, load_source
 
 ROWS = [{"text": f"row {i}"} for i in range(40)]
 
@@ -24,7 +25,7 @@ def test_jsonl_is_split_by_hash_in_file_order(jsonl):
     train, valid = load_rows(jsonl, "train"), load_rows(str(jsonl), "valid")
     assert train
     assert valid
-    assert sorted(train + valid, key=ROWS.index) == ROWS
+    assert sorted([*train, *valid], key=ROWS.index) == ROWS
     assert train == [row for row in ROWS if row in train]
     assert load_rows(jsonl, "valid", seed=1) != valid
     assert len(load_rows(jsonl, "valid", valid_fraction=0.5)) > len(valid)
@@ -48,7 +49,7 @@ def test_separators_inside_strings_do_not_end_lines_and_blank_lines_are_passed_o
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"text": \n', r"data\.jsonl, line 2 is not JSON \(Expecting value\): '\{\"text\": '"),
+        (b'{"text": "a"}\n{"text": \n', r"data\.jsonl, line 2 is not JSON \(Expecting value\): '\{\"text\":'"),
         (b'{"text": "a"}\n["a"]\n', "line 2 is a JSON list, not an object"),
         (b'\n{"text": "a"}\n\n{"txt": "a"}', r"line 4 has the keys \{txt\}"),
         (b'{"text": "a"}\n{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 0xff\)"),
@@ -91,7 +92,7 @@ def test_a_lone_file_holds_out_its_last_tenth(tmp_path):
 
 def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
     texts = {"b.txt": "b", "a/z.py": "z", "a/y.md": "y", "c.rst": "c", "a/__init__.py": ""}
-    passed_over = {".git/x.txt": "x", ".h.txt": "h", "d.bin": "d", "e.jsonl": "{"}
+    passed_over = {".git/x.txt": "x", ".h.txt": "h", "d.bin": "d"}
     for name, text in {**texts, **passed_over}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -103,16 +104,15 @@ def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"a\nb\n\xe9")
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xlsx").write_text("a,b")
+    (tmp_path / "rows.jsonl.gz").write_text("")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "lines" / "train.jsonl").write_text("{}")
     for name, message in {
         "bad.txt": r"bad\.txt, line 3 is not UTF-8 \(byte 0xe9\)",
-        "table.csv": r"ends in '\.csv', which is not read; expected a folder or a file ending in one of \.jsonl",
-        "empty": r"holds no text in files ending in \.txt, \.md, \.rst, \.py$",
-        "lines": r"to read its JSON Lines, name the file: .*train\.jsonl",
-        "tabel.csv": r"is no file or folder\. Did you mean '.*table\.csv'\?",
+        "table.xlsx": r"ends in '\.xlsx', which is not read; expected a folder or a file ending in one of \.jsonl",
+        "rows.jsonl.gz": r"ends in '\.gz', which is not read.*; unpack it first",
+        "empty": r"holds no text in files ending in \.txt, \.md, \.rst, \.py, and no data in \.jsonl, \.json, \.csv",
+        "tabel.xlsx": r"is no file or folder\. Did you mean '.*table\.xlsx'\?",
     }.items():
         with pytest.raises(DataError, match=message):
             load_rows(tmp_path / name, "train")
@@ -166,8 +166,8 @@ def test_hub_failures_are_one_line(monkeypatch):
     hub(monkeypatch, lambda *_: {"test": ROWS})
     with pytest.raises(DataError, match="no split called 'train'; it has 'test'"):
         load_rows("hf:a/b", "train")
-    hub(monkeypatch, lambda *_: {"train": [{"question": "a"}]})
-    with pytest.raises(DataError, match=r"hf:a/b, train row 1 has no known set of keys: \{question\}"):
+    hub(monkeypatch, lambda *_: {"train": [{"qestion": "a"}]})
+    with pytest.raises(DataError, match=r"hf:a/b, train row 1 has no known set of keys: \{qestion\}"):
         load_rows("hf:a/b", "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtra, match=r"pip install 'lorakit\[data\]'"):
@@ -183,3 +183,98 @@ def test_the_real_datasets_library_reads_a_local_folder(tmp_path, monkeypatch):
     (tmp_path / "set" / "validation.jsonl").write_text('{"text": "held"}\n')
     assert load_rows(f"hf:{tmp_path / 'set'}", "train") == ROWS
     assert load_rows(f"hf:{tmp_path / 'set'}", "valid") == [{"text": "held"}]
+
+
+def lines(*rows):
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def test_bad_rows_are_left_out_counted_and_listed(tmp_path):
+    path = tmp_path / "data.jsonl"
+    bad = ["{", '{"text": ""}', '{"text": 3}', '{"txt": "a"}', '{"text": "a", "text": "b"}']
+    path.write_text(lines(*ROWS[:2], *bad[:2], *ROWS[2:20], *bad[2:], *ROWS[20:]))
+    with pytest.raises(DataError, match="line 3 is not JSON"):
+        load_source(path)
+    found = load_source(path, reading=Reading(skip_bad=True))
+    assert sorted([*found.train, *found.valid], key=ROWS.index) == ROWS
+    assert (found.train, found.valid) == tuple(good_sides(tmp_path))
+    assert [one.where.rsplit(" ", 1)[1] for one in found.skipped] == ["3", "4", "23", "24", "25"]
+    assert [(one.field, one.reason) for one in found.skipped] == [
+        ("", "not JSON"), ("text", "empty text"), ("text", "a int for a string"), ("text", "other keys than the first row's"),
+        ("text", "key given twice"),
+    ]  # fmt: skip
+    account = next(note for note in found.notes if "left out" in note)
+    assert "5 of 45 rows cannot be used (1 not JSON, 1 empty text," in account
+    listed = [note for note in found.notes if note.startswith("  ")]
+    assert [one.message for one in found.skipped] == [note.strip() for note in listed]
+    assert all("data.jsonl, line " in note for note in listed)
+
+
+def good_sides(tmp_path):
+    (tmp_path / "good.jsonl").write_text(lines(*ROWS))
+    return [list(load_rows(tmp_path / "good.jsonl", side)) for side in ("train", "valid")]
+
+
+def test_twenty_bad_rows_are_listed_and_all_are_known(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(lines(*ROWS, *["x"] * 30))
+    found = load_source(path, reading=Reading(skip_bad=True))
+    assert len(found.skipped) == 30
+    assert sum(note.startswith("  ") for note in found.notes) == 21
+    assert found.notes[-1] == "  and 10 more"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ROWS[:3], *["x"] * 4], r"4 of 7 rows cannot be used \(4 not JSON\); too many to leave out\. The first: .*line 4 is not JSON"),
+        (["x"] * 4, "no row can be used: .*line 1 is not JSON"),
+    ],
+)
+def test_more_bad_rows_than_good_ones_are_an_error_anyway(tmp_path, rows, message):
+    (tmp_path / "a.jsonl").write_text(lines(*rows))
+    with pytest.raises(DataError, match=message) as error:
+        load_source(tmp_path / "a.jsonl", reading=Reading(skip_bad=True))
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_first_row_does_not_decide_the_format(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines("{", {"nothing": 1}, *({"question": row["text"], "answer": "a"} for row in ROWS)))
+    found = load_source(tmp_path / "a.jsonl", reading=Reading(skip_bad=True))
+    assert found.shape == "pair"
+    assert len(found.skipped) == 2
+
+
+def test_the_format_and_why_is_a_note_and_can_be_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*({"q": row["text"], "a": "x", "id": 1} for row in ROWS)))
+    found = load_source(tmp_path / "a.jsonl", reading=Reading(columns={"prompt": "q", "completion": "a"}))
+    assert found.notes == (f"{tmp_path}/a.jsonl: pair: columns q as prompt, a as completion; not used: id",)
+    with pytest.raises(DataError, match=r"line 1 has no columns of chat data: \{a, id, q\}"):
+        load_source(tmp_path / "a.jsonl", reading=Reading("chat"))
+    with pytest.raises(DataError, match=r"line 1 has no 'quest', but \{a, id, q\}"):
+        load_source(tmp_path / "a.jsonl", reading=Reading(columns={"prompt": "quest"}))
+
+
+def test_a_column_may_be_missing_from_the_first_row(tmp_path):
+    rows = [{"q": "a", "r": "b"}, {"q": "a", "more": "c", "r": "d"}]
+    (tmp_path / "a.jsonl").write_text(lines(*rows))
+    columns = {"instruction": "q", "input": "more", "output": "r"}
+    made = load_rows(tmp_path / "a.jsonl", "train", valid=tmp_path / "a.jsonl", columns=columns)
+    assert [row["messages"][0]["content"] for row in made] == ["a", "a\nc"]
+
+
+def test_hub_columns_that_a_row_cannot_hold_are_left_out(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [row["text"] for row in ROWS], "raw": [b"x"] * len(ROWS)})
+    hub(monkeypatch, lambda *_: {"train": rows})
+    found = load_source("hf:a/b", valid="hf:a/b")
+    assert found.train == ROWS
+    assert any("columns left out, as they hold neither text nor numbers: raw" in note for note in found.notes)
+    assert pickle.loads(pickle.dumps(found.train)) == ROWS
+
+
+def test_an_own_validation_side_of_another_shape_is_mixed_formats(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*ROWS))
+    (tmp_path / "b.jsonl").write_text(lines({"prompt": "a", "completion": "b"}))
+    with pytest.raises(DataError, match=r"mixed formats: .*a\.jsonl holds text data and .*b\.jsonl pair data; expected one shape"):
+        load_source(tmp_path / "a.jsonl", valid=tmp_path / "b.jsonl")

@@ -51,6 +51,7 @@ def config(tmp: Path, **keys: Any) -> TrainConfig:
     defaults = {
         "model": str(folder), "train_data": str(data), "output_dir": str(tmp / "out"), "max_length": 64, "max_steps": 6,
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 2, "logging_steps": 2,
+        "report_samples": 0,
     }  # fmt: skip
     known = describe(str(keys.get("method", "lora"))).parameters
     small = {k: v for k, v in {**SMALL, "r": 4 if "n" in known else 2, "target_r": 2}.items() if k in known}

@@ -73,3 +73,22 @@ def test_tasks_in_sequence_end_where_one_process_ends(tmp_path: Path, kind: str)
     for before, after in zip(alone, together, strict=True):
         assert [f["loss"] for f in before] == pytest.approx([f["loss"] for f in after], abs=2e-4)
     assert abs(alone[1][0]["loss"] - alone[0][0]["loss"]) > 1e-5, "the second task changed nothing: the test shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(FLAGS))
+def test_preferences_in_two_processes_end_where_one_ends(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": f"ask {i} ", "chosen": "yes" * (1 + i % 3), "rejected": "no " * (1 + i % 5)} for i in range(30)]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"train_data": str(tmp_path / "prefs.jsonl"), "max_steps": 4, "learning_rate": 1e-3, "save_steps": 0, "logging_steps": 1}
+    finish(start(command(config(tmp_path, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **keys))))
+    port = 20000 + (os.getpid() + 13) % 20000
+    both = command(config(tmp_path, output_dir=str(tmp_path / "two"), **keys))
+    finish(start(launched(both, port, kind), ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""))
+    alone, together = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert alone[0]["loss"] == together[0]["loss"] == torch.tensor(2.0).log().item()
+    for before, after in zip(alone, together, strict=True):
+        for key in ("loss", "margin", "reward_chosen", "eval_loss", "eval_margin"):
+            assert after.get(key) == pytest.approx(before.get(key), abs=2e-4)

@@ -1,192 +1,261 @@
-"""Rows that survive kills and resumes, the drawn curve, the moving line."""
+"""report.html: there for every run, whole in itself, safe whatever a run holds, and without a trace in what was trained."""
 
-import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
-from lorakit.core.errors import BadParameter, DataError, MissingExtra
-from lorakit.train.report import MetricsLog, Progress, draw_curve, read_log
+import lorakit.train.answers as answers
+import lorakit.train.ending as ending
+from lorakit.adapters.io import load_adapter
+from lorakit.train.answers import Sample
+from lorakit.train.config import make_config
+from lorakit.train.facts import Facts, command_of, homeless
+from lorakit.train.report import SITES, Outcome, Report, charts, page_of
+from lorakit.train.train import train
+from tests.train.runs import class_file, config, stopped, text_file
 
-
-# ----------------------------------------------------------------------------------------------------------------- the rows
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "metrics.jsonl"
-
-
-def filled(path: Path, steps: int = 5) -> None:
-    with MetricsLog(path) as log:
-        for step in range(1, steps + 1):
-            log.append({"step": step, "loss": 1 / step})
-
-
-def test_rows_are_json_lines_in_order_and_readable_while_open(path: Path) -> None:
-    log = MetricsLog(path)
-    log.append({"step": 1, "loss": 2.5, "note": "warm-up", "best": True, "eval_loss": None})
-    assert json.loads(path.read_text()) == {"step": 1, "loss": 2.5, "note": "warm-up", "best": True, "eval_loss": None}
-    log.append({"step": 2, "loss": 2.25})
-    assert log.rows() == read_log(path)
-    assert [row["step"] for row in log.rows()] == [1, 2]
-    log.close()
+EVIL = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;{{7*7}}\x00\u202e"
+FACTS = Facts(
+    name="run", method="lora", model="bundled", data="rows.jsonl", shape="chat", total=10, trainable=100, of=1000, given=[], defaults=[],
+    sites=[("q", "8 × 8", "2", 32)], sources=["rows.jsonl"], accounts=[("training", "10 samples")], details=[],
+    provenance=[("output folder", "out")], command="lorakit train", ends=[10], started="today",
+)  # fmt: skip
+OUTCOME = Outcome({"loss": 1.0}, 10, 2.0, {"loss": 3.0})
 
 
-def test_scalars_are_unpacked_and_what_json_lacks_becomes_null(path: Path) -> None:
-    with MetricsLog(path) as log:
-        log.append(
-            {"step": 1, "a": torch.tensor(1.5), "b": np.float32(0.5), "c": np.int64(7), "d": float("nan"), "e": torch.tensor(torch.inf)}
-        )
-    assert read_log(path) == [{"step": 1, "a": 1.5, "b": 0.5, "c": 7, "d": None, "e": None}]
+class Reader(HTMLParser):
+    """The elements and attributes of a page, and its text outside of style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "i", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag or tag == "i"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
 
 
-@pytest.mark.parametrize("row", [{"loss": 1.0}, {"step": 1.0}, {"step": "1"}, {"step": 1, "x": [1, 2]}, {"step": 1, "x": torch.zeros(2)}])
-def test_other_rows_are_refused_and_nothing_is_written(path: Path, row: dict[str, Any]) -> None:
-    with MetricsLog(path) as log, pytest.raises(BadParameter):
-        log.append(row)
-    assert path.read_bytes() == b""
+KNOWN = {
+    "html", "head", "meta", "title", "style", "body", "main", "header", "h1", "h2", "h3", "p", "b", "i", "span", "dl", "div", "dt", "dd",
+    "small", "figure", "figcaption", "svg", "path", "table", "thead", "tbody", "tr", "th", "td", "section", "details", "summary", "pre",
+    "code", "footer", "br",
+}  # fmt: skip
 
 
-def test_reopening_appends(path: Path) -> None:
-    filled(path, 2)
-    with MetricsLog(path) as log:
-        log.append({"step": 3})
-    assert [row["step"] for row in read_log(path)] == [1, 2, 3]
+def checked(page: str) -> Reader:
+    """A page that holds nothing but what a template wrote, and asks for nothing."""
+    read = Reader(page)
+    assert not read.open, "every element is closed"
+    assert {tag for tag, _ in read.tags} <= KNOWN
+    attributes = {(tag, name) for tag, attrs in read.tags for name in attrs}
+    assert not [pair for pair in attributes if pair[1].startswith("on") or pair[1] in ("src", "href", "xlink:href", "srcdoc")]
+    assert not re.search(r"url\(|@import|https?:", page)
+    policy = [a for tag, a in read.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    return read
 
 
-@pytest.mark.parametrize("cut", [1, 5, 14])
-def test_a_torn_last_line_is_not_read_and_is_cut_off_on_opening(path: Path, cut: int) -> None:
-    filled(path, 3)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])
-    assert [row["step"] for row in read_log(path)] == [1, 2]
-    with MetricsLog(path) as log:
-        log.append({"step": 3, "loss": 1 / 3})
-    assert path.read_bytes() == whole
+# ------------------------------------------------------------------------------------------------------------------- of a run
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = config(tmp_path_factory.mktemp("run"), report_samples=2, eval_steps=2, run_name="first")
+    train(settings, quiet=True, notes=["lora_r became r"])
+    return Path(settings.output_dir)
 
 
-def test_a_broken_line_before_the_last_is_an_error(path: Path) -> None:
-    filled(path, 3)
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(lines[0] + lines[1][:7] + "\n" + lines[2])
-    with pytest.raises(DataError, match="line 2"):
-        read_log(path)
+def test_a_run_leaves_a_page_that_needs_nothing_else(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    words = " ".join(checked(page).words)
+    said = ("first", "finished after 6 steps", "Held-out figures", "Before and after", "lora_r became r", "Provenance", "Gradient norm")
+    for expected in (*said, "lorakit merge", "layers.0.self_attn.q_proj", "sha256", "optimizer's state"):
+        assert expected in words, expected
+    assert len(page) < 200_000
+    assert not list(finished.glob("*.partial"))
 
 
-@pytest.mark.parametrize(("step", "left"), [(0, []), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (99, [1, 2, 3, 4, 5])])
-def test_truncate_drops_the_rows_of_later_steps(path: Path, step: int, left: list[int]) -> None:
-    filled(path)
-    with MetricsLog(path) as log:
-        log.truncate(step)
-        assert [row["step"] for row in log.rows()] == left
-        log.append({"step": step + 1, "loss": 9.0})
-        assert [row["step"] for row in log.rows()] == [*left, step + 1]
+def test_the_page_names_no_home_no_host_and_no_user(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import getpass
+    import platform
+
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    secrets = {platform.node(), getpass.getuser(), str(Path.home())} - {"", "/root", "root", "localhost", "vm"}
+    assert not [secret for secret in secrets if re.search(rf"\b{re.escape(secret)}\b", page)]
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert homeless({"a": ["/home/somebody/data.jsonl", 3]}) == {"a": ["~/data.jsonl", 3]}
 
 
-def test_several_rows_of_the_resumed_step_stay(path: Path) -> None:
-    with MetricsLog(path) as log:
-        for row in ({"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.1}, {"step": 3, "loss": 0.9}):
-            log.append(row)
-        log.truncate(2)
-        assert log.rows() == [{"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.1}]
+def test_the_base_is_the_model_before_training(finished: Path) -> None:
+    settings = make_config(json.loads((finished / "run.json").read_text())["config"] | {"output_dir": "x"})
+    untouched = settings.model_copy(update={"output_dir": str(finished.parent / "still"), "learning_rate": 1e-30, "max_steps": 1})
+    saved = json.loads((finished / "result.json").read_text())
+    assert saved["base"]["loss"] == pytest.approx(train(untouched, quiet=True).final["loss"], rel=1e-6)
+    assert saved["base"]["loss"] > saved["final"]["loss"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_every_appended_row_survives_kill_9(path: Path) -> None:
-    code = (
-        "import os, signal, sys; from lorakit.train.report import MetricsLog; log = MetricsLog(sys.argv[1])\n"
-        "for step in range(1, 1001): log.append({'step': step, 'text': 'x' * 50})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    assert subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=False).returncode == -signal.SIGKILL
-    assert [row["step"] for row in read_log(path)] == list(range(1, 1001))
+def test_samples_change_no_bit_of_what_is_trained(finished: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    settings = make_config(json.loads((finished / "run.json").read_text())["config"])
+    other = settings.model_copy(update={"output_dir": str(tmp_path / "out"), "report_samples": 0})
+    train(other, quiet=True)
+    one, two = (load_adapter(folder / "adapter").tensors for folder in (finished, tmp_path / "out"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    torch.set_rng_state(before)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Before and after" not in page
 
 
-# ---------------------------------------------------------------------------------------------------------------- the curve
-ROWS = [
-    {"step": 1, "loss": 3.0, "learning_rate": 0.0},
-    {"step": 2, "loss": 2.0, "learning_rate": 1e-3},
-    {"step": 2, "eval_loss": 2.2},
-    {"step": 3, "loss": None, "learning_rate": 5e-4},
-]
+def test_answering_draws_nothing_and_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    real = ending.samples
+
+    def watched(adapted: Any, *args: Any, **kwargs: Any) -> list[Sample]:
+        adapted.model.train()
+        before = torch.get_rng_state(), {k: v.clone() for k, v in adapted.model.state_dict().items()}
+        found = real(adapted, *args, **kwargs)
+        after = adapted.model.state_dict()
+        seen.append(torch.equal(before[0], torch.get_rng_state()) and all(torch.equal(v, after[k]) for k, v in before[1].items()))
+        assert adapted.model.training and adapted.active == ("default",)
+        return found
+
+    monkeypatch.setattr(ending, "samples", watched)
+    monkeypatch.setattr(answers, "TOKENS", 4)
+    train(config(tmp_path, report_samples=1, dropout=0.1), quiet=True)
+    assert seen == [True]
 
 
-def test_the_curve_is_a_png_and_pyplot_stays_out_of_it(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    sys.modules.pop("matplotlib.pyplot", None)
-    png = draw_curve(ROWS, tmp_path / "new" / "curve.png")
-    first = png.read_bytes()
-    assert first.startswith(b"\x89PNG")
-    assert draw_curve(iter(ROWS), png).read_bytes() == first
-    assert "matplotlib.pyplot" not in sys.modules
-    assert [p.name for p in png.parent.iterdir()] == ["curve.png"]
+def cards(page: str) -> list[str]:
+    return re.findall(r'<section class="sample">.*?</section>', page, flags=re.S)
 
 
-def test_rows_without_any_loss_are_refused(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(DataError, match="nothing to draw"):
-        draw_curve([{"step": 1, "learning_rate": 0.1}], tmp_path / "curve.png")
-    assert not list(tmp_path.iterdir())
+def test_a_resumed_run_has_the_same_samples_and_figures(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_config(json.loads((finished / "run.json").read_text())["config"] | {"output_dir": str(tmp_path / "out")})
+    settings = settings.model_copy(update={"report_samples": 2, "resume": "auto"})
+    stopped(settings, 5, monkeypatch)
+    page = (tmp_path / "out" / "report.html").read_text()
+    words = " ".join(checked(page).words)
+    assert re.search(r"at step \d of 6 when this page was written", words)
+    assert not cards(page)
+    train(settings, quiet=True)
+    one, two = ((folder / "report.html").read_text() for folder in (finished, tmp_path / "out"))
+    assert cards(one) == cards(two) and len(cards(one)) == 2
+    assert "continued after step 4" in two
+    saved = [json.loads((folder / "result.json").read_text()) for folder in (finished, tmp_path / "out")]
+    assert saved[0]["base"] == saved[1]["base"]
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'lorakit\[plot\]'"):
-        draw_curve(ROWS, tmp_path / "curve.png")
+def test_a_page_that_cannot_be_answered_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ending, "samples", fails)
+    monkeypatch.setattr(ending, "means", fails)
+    result = train(config(tmp_path, report_samples=1), quiet=True)
+    assert len([note for note in result.notes if "out of memory" in note]) == 2
+    assert "no row was answered" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "adapter").is_dir() and (tmp_path / "out" / "result.json").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- the line that moves
-def run(*, terminal: bool = False, **kwargs: Any) -> str:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=60)
-    with Progress(10, start=4, console=console, **kwargs) as progress:
-        for _ in range(6):
-            progress.advance(loss=2.5, tokens_per_second=1234.4, memory=3 * 10**9)
-    return out.getvalue()
+def test_classes_and_sequences_have_their_pages(tmp_path: Path) -> None:
+    train(config(tmp_path, train_data=class_file(tmp_path / "c.jsonl"), report_samples=2), quiet=True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    words = " ".join(checked(page).words)
+    assert len(cards(page)) == 2 and "accuracy" in words and "head is untrained" in words
+    two = [text_file(tmp_path / f"{name}.jsonl") for name in ("one", "other")]
+    train(config(tmp_path, train_data=two, output_dir=str(tmp_path / "seq")), quiet=True)
+    words = " ".join(checked((tmp_path / "seq" / "report.html").read_text()).words)
+    assert "Tasks in sequence" in words and "forgetting" in words
 
 
-def test_without_a_terminal_it_is_silent() -> None:
-    assert run() == ""
+def test_more_than_enough_held_out_items_are_measured_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "ITEMS", 1)
+    result = train(config(tmp_path), quiet=True)
+    words = " ".join(checked((tmp_path / "out" / "report.html").read_text()).words)
+    assert result.base == {}
+    assert "Both on the first 1 of" in words
 
 
-def test_when_asked_it_prints_a_plain_line_every_n_steps_and_the_last() -> None:
-    lines = run(every=4).splitlines()
-    assert lines == [f"step {n}/10  loss 2.5000  1,234 tok/s  3.00 GB  ETA 0:00:00" for n in (8, 10)]
+# -------------------------------------------------------------------------------------------------------------------- the page
+def test_nothing_that_a_run_holds_becomes_markup() -> None:
+    evil = [(EVIL, EVIL)]
+    facts = Facts(
+        EVIL, EVIL, EVIL, EVIL, "chat", 10, 1, 2, [(EVIL, EVIL, EVIL)], [(EVIL, EVIL)], [(EVIL, EVIL, EVIL, 1)], [EVIL], evil, [EVIL],
+        [*evil, ("output folder", EVIL)], EVIL, [10], EVIL, 0, [EVIL],
+    )  # fmt: skip
+    sample = Sample(EVIL, EVIL, EVIL, EVIL, [[EVIL, EVIL], [EVIL, EVIL]])
+    outcome = Outcome({EVIL: 1.0, "loss": 2.0}, 10, 2.0, {EVIL: 1.0}, {}, EVIL, [sample], EVIL, [(EVIL, 5)], [EVIL], [[{"loss": 1.0}]])
+    rows: list[dict[str, Any]] = [{"step": i, "loss": 1.0, EVIL: float(i), f"eval_{EVIL}": float(i)} for i in range(3)]
+    read = checked(page_of(facts, rows, outcome))
+    assert sum("<img src=x" in word for word in read.words) > 20, "it is shown"
 
 
-def test_on_a_terminal_it_is_a_bar() -> None:
-    text = run(terminal=True, every=4)
-    assert "10/10" in text
-    assert "loss 2.5000" in text
-    assert "step 8/10" not in text
+@pytest.mark.parametrize("rows", [[], [{"step": 1}], [{"step": 1, "loss": None, "grad_norm": None}], [{"step": "x", "loss": []}, {}]])
+def test_rows_with_nothing_in_them(rows: list[dict[str, Any]]) -> None:
+    checked(page_of(FACTS, rows, None))
+    checked(page_of(FACTS, rows, OUTCOME))
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_quiet_shows_nothing(terminal: bool) -> None:
-    assert run(terminal=terminal, every=1, quiet=True) == ""
+def test_a_long_run_of_a_large_model_has_a_page_of_bounded_size() -> None:
+    rows = [
+        {"step": i, "loss": i % 97 / 7, "learning_rate": 1e-3, "grad_norm": 1.0, **{f"m{k}": i + 0.5 for k in range(40)}}
+        for i in range(20_000)
+    ]
+    facts = Facts(**{**vars(FACTS), "sites": [(f"model.layers.{i}.q", "8 × 8", "2", 32) for i in range(9000)]})
+    outcome = Outcome({"loss": 1.0}, 10, 2.0, samples=[Sample("x" * 10**6, "y" * 10**6, "", "z" * 10**6)] * 3, samples_note="some")
+    page = page_of(facts, rows, outcome)
+    assert len(page) < 1_500_000
+    assert f"and {9000 - SITES} more" in page
+    assert len(charts(rows)) <= 12
 
 
-def test_time_left_follows_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+def test_refreshing_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 0.0, []
     monkeypatch.setattr("lorakit.train.report.time.monotonic", lambda: now)
-    out = io.StringIO()
-    progress = Progress(2000, every=1, console=Console(file=out))
-    for _ in range(100):
-        now += 60.0
-        progress.advance(loss=1.0)
-    for _ in range(100):
-        now += 2.0
-        progress.advance(loss=1.0)
-    assert progress.seconds_left() == 1800 * 2.0
-    assert out.getvalue().splitlines()[-1].endswith("ETA 1:00:00")
-    assert " GB" in out.getvalue()
+
+    def write(self: Report, outcome: Outcome | None = None) -> None:
+        nonlocal now
+        now += 0.5
+        written.append(now)
+
+    monkeypatch.setattr(Report, "write", write)
+    report = Report(tmp_path, FACTS)
+    for step in range(1000):
+        now += 0.1
+        report({"step": step})
+    assert written[0] == pytest.approx(0.6)
+    assert len(written) * 0.5 <= 0.03 * now
+
+
+def test_the_command_gives_the_same_configuration() -> None:
+    import shlex
+
+    from lorakit.cli.flags import parse_flags
+    from lorakit.cli.train import SEVERAL, STRINGS
+
+    given = make_config({
+        "method": "lora", "r": 4, "sites": ["q_proj", "re:.*v_proj"], "train_data": "it's here.jsonl", "learning_rate": 5e-5,
+        "run_name": "007", "packing": False, "columns": {"prompt": "my question"}, "max_steps": 3,
+    })  # fmt: skip
+    first, second, *words = shlex.split(command_of(given))
+    assert (first, second) == ("lorakit", "train")
+    assert make_config(parse_flags(words, strings=STRINGS, several=SEVERAL)) == given

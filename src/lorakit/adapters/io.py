@@ -23,6 +23,7 @@ from lorakit.core.site import ROOT
 
 RECORD = "adapter.json"
 WEIGHTS = "adapter.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, *, coded: bool = False) -> Path:
@@ -37,7 +38,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, coded: bool = False) -
 
 
 def load_adapter(folder: str | Path, *, model: nn.Module | None = None, lazily: bool = False) -> Adapter:
-    """Read an adapter from a folder of lorakit's or PEFT's format; the latter needs the model it is for.
+    """Read an adapter from a folder of lorakit's or PEFT's format, or from a file of kohya's or LyCORIS's; the last two need the model they
+    are for.
 
     `lazily`: lorakit's own tensors are read each time they are asked for, and not kept (weights.py, OnDisk).
 
@@ -57,7 +59,17 @@ def read_adapter(folder: str | Path, *, model: nn.Module | None = None, lazily: 
         from lorakit.adapters.peft_read import from_peft
 
         return from_peft(folder, model=model)
+    if is_file(folder):
+        from lorakit.adapters.kohya_read import from_kohya
+
+        return check(from_kohya(folder, model=model))
     raise CheckpointError(_nothing(folder))
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a source is a file by itself, of kohya's or LyCORIS's, and not a folder or a part of one."""
+    path = Path(source)
+    return path.is_file() and path.suffix == ".safetensors" and path.name not in (WEIGHTS, PEFT_WEIGHTS)
 
 
 def check(adapter: Adapter) -> Adapter:

@@ -45,14 +45,14 @@ def unpack(data: bytes, path: Path) -> dict[str, Tensor]:
     return _tensors(io.BytesIO(data), len(data), path)
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file. Raises CheckpointError for a pickle, garbage or a cut-off file.
+def read(path: Path, *, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, Tensor]:
+    """The tensors in a file. Raises CheckpointError for a pickle, garbage or a cut-off file. `dtypes`: kinds of number that it may hold.
 
     Each is read into memory of its own: its bytes are copied once, nothing keeps another's alive, and whatever happens to the file later
     changes none of them (a mapping would show what is written over it, and fault where it is cut).
     """
     with path.open("rb") as file:
-        return _tensors(file, path.stat().st_size, path)
+        return _tensors(file, path.stat().st_size, path, dtypes)
 
 
 class OnDisk(Mapping[str, Tensor]):
@@ -86,12 +86,12 @@ def _identity(file: io.BufferedReader) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _tensors(file: io.BufferedIOBase, size: int, path: Path) -> dict[str, Tensor]:
-    places, _ = _header(file, size, path)
+def _tensors(file: io.BufferedIOBase, size: int, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, Tensor]:
+    places, _ = _header(file, size, path, dtypes)
     return _read(lambda: {place.name: _filled(place, file) for place in places}, path)
 
 
-def _header(file: io.BufferedIOBase, size: int, path: Path) -> tuple[list["_Place"], int]:
+def _header(file: io.BufferedIOBase, size: int, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> tuple[list["_Place"], int]:
     """(the tensors in the order of their bytes, where these begin)."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
@@ -100,7 +100,7 @@ def _header(file: io.BufferedIOBase, size: int, path: Path) -> tuple[list["_Plac
         if start.startswith(PICKLE_STARTS):
             raise CheckpointError(refusal(path))
         raise CheckpointError(f"{path} is not a whole safetensors file: its {size} bytes do not hold the header they announce")
-    return _read(lambda: _places(json.loads(header), size - 8 - length), path), 8 + length
+    return _read(lambda: _places(json.loads(header), size - 8 - length, dtypes), path), 8 + length
 
 
 def _read(work: Callable[[], T], path: Path) -> T:
@@ -122,14 +122,14 @@ class _Place(NamedTuple):
     nbytes: int
 
 
-def _places(header: dict[str, Any], size: int) -> list[_Place]:
+def _places(header: dict[str, Any], size: int, dtypes: Mapping[str, torch.dtype]) -> list[_Place]:
     """The tensors in the order of their bytes. Raises ValueError unless these fill the rest of the file without a gap or an overlap."""
     found, end = [], 0
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     for name, entry in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
-        dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        dtype, shape, (start, stop) = dtypes.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
         if dtype is None:
-            raise ValueError(f"{name} has dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"{name} has dtype {entry['dtype']!r}; expected one of {', '.join(dtypes)}")
         if len(shape) > DIMENSIONS or not all(type(side) is int and 0 <= side <= SIDE_LIMIT for side in shape):
             raise ValueError(f"{name} has no shape of a tensor")
         nbytes = math.prod(shape) * dtype.itemsize

@@ -22,16 +22,17 @@ from lorakit.core.attach import attach
 from lorakit.core.errors import MissingExtra
 from lorakit.core.method import Method, get_method
 from lorakit.data.row import Row, shape_of
+from lorakit.data.tokenize import trained_bytes
 from lorakit.serve.generate import complete, stream_chat
 from lorakit.serve.merge import Verdict, merge
 from lorakit.serve.open import Opened, open_adapter
 from lorakit.train.config import BUNDLED, TrainConfig, make_config
-from lorakit.train.dataset import TrainData, prepare, trained_bytes
+from lorakit.train.curve import draw_curve
+from lorakit.train.dataset import TrainData, prepare
 from lorakit.train.distributed import World, world
 from lorakit.train.evaluate import evaluate, to
 from lorakit.train.memory import estimate
 from lorakit.train.metrics import forward_loss
-from lorakit.train.report import draw_curve
 from lorakit.train.rows import read_rows
 from lorakit.train.run import Run
 from lorakit.train.source_model import load_model, load_tokenizer

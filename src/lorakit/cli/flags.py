@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import yaml
-
 from lorakit.core.errors import BadParameter
 
 
@@ -34,7 +32,9 @@ def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset(), sever
 
 
 def _value(key: str, text: str) -> Any:
+    from lorakit.train.config_file import parse_value
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_value(text)
+    except ValueError as error:
         raise BadParameter(f"--{key} {text!r} cannot be read: {str(error).splitlines()[0]}") from None

@@ -12,7 +12,25 @@ from typing import Any
 
 import typer
 
-from lorakit.cli import at_rest, compress, diagnose, ensemble, library, methods, mix, quickstart, search, train, use
+from lorakit.cli import (
+    at_rest,
+    compress,
+    config_schema,
+    diagnose,
+    doctor,
+    ensemble,
+    export,
+    library,
+    methods,
+    mix,
+    preprocess,
+    presets,
+    quickstart,
+    runs,
+    search,
+    train,
+    use,
+)
 from lorakit.core.errors import LorakitError
 
 app = typer.Typer(
@@ -50,12 +68,18 @@ def command(name: str, function: Callable[..., Any], *, settings: dict[str, Any]
 
 command("quickstart", quickstart.quickstart)
 command("train", train.train, settings=train.SETTINGS)
+command("preprocess", preprocess.preprocess, settings=preprocess.SETTINGS)
+command("runs", runs.runs)
+command("config-schema", config_schema.config_schema)
+command("presets", presets.presets)
+command("doctor", doctor.doctor)
 command("eval", use.eval_)
 command("generate", use.generate)
 command("chat", use.chat)
 command("inspect", at_rest.inspect)
 command("merge", use.merge)
 command("convert", at_rest.convert)
+command("export", export.export)
 command("compress", compress.compress)
 command("statistics", at_rest.statistics)
 command("mix", mix.mix, settings=mix.SETTINGS)

@@ -2,9 +2,13 @@
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
-from lorakit.core.method import Entry, Method, describe
+from lorakit.core.method import COMMON, Entry, Method, describe
+
+USE = "Use it when "
+"""What a method's module says at its end, in one paragraph: when to take it, and when not."""
 
 
 def parameters(entry: Entry) -> str:
@@ -18,8 +22,32 @@ def members(entry: Entry) -> list[Entry]:
 
 
 def paper(entry: Entry) -> str:
-    """The module's docstring: equations with shapes, what is trained, defaults, references."""
+    """The module's docstring: equations with shapes, what is trained, defaults, references, and when to use it."""
     return "\n\n".join(inspect.getdoc(inspect.getmodule(one.make)) or "" for one in members(entry))
+
+
+def use(entry: Entry) -> str:
+    """The paragraph that says when to use it, on one line; empty where a plugin's method says nothing."""
+    found = re.search(rf"^{USE}.*?(?=\n\n|\Z)", paper(entry), flags=re.MULTILINE | re.DOTALL)
+    return " ".join(found[0].split()) if found else ""
+
+
+def equations(entry: Entry) -> tuple[str, str]:
+    """(the first line, what follows) of the module's docstring, without the paragraph that says when to use it."""
+    title, _, body = paper(entry).partition("\n")
+    return title, re.sub(rf"^{USE}.*?(?=\n\n|\Z)", "", body, flags=re.MULTILINE | re.DOTALL).strip("\n")
+
+
+def meaning(entry: Entry, name: str) -> str:
+    """What a parameter is: its common meaning, or the first sentence of the module's docstring that names it, prose before equations."""
+    if name in COMMON:
+        return COMMON[name]
+    blocks = re.split(r"\n\s*\n", "\n\n".join(equations(one)[1] for one in members(entry)))
+    blocks.sort(key=lambda block: block.startswith("    "))
+    sentences = [s for block in blocks for s in re.split(r"(?<=[.;])\s+(?=[^a-z\s]|`)", " ".join(block.split()))]
+    sentences.sort(key=lambda sentence: sentence.startswith("Default"))
+    marked = (f"`{name}[`=]", rf"(?<![\w.`]){re.escape(name)}(?![\w.`])")
+    return next((s for mark in marked for s in sentences if re.search(mark, s)), "")
 
 
 def code(entry: Entry) -> str:

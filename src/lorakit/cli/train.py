@@ -1,5 +1,7 @@
 """`lorakit train`: one YAML whose keys are also flags."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +13,17 @@ from lorakit.cli.flags import parse_flags
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 STRINGS = frozenset(
-    {"model", "method", "init_adapter", "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task", "quantize"}
-)
+    {"model", "method", "init_adapter",
+     "train_data", "eval_data", "output_dir", "chat_template", "resume", "dtype", "task", "quantize",
+     "preset", "run_name", "model_name_or_path", "base_model", "dataset", "dataset_name", "dataset_dir", "eval_dataset", "template",
+     "config"}
+)  # fmt: skip
 SEVERAL = frozenset({"train_data", "eval_data"})
 
 
 def train(
     ctx: typer.Context,
-    config: Annotated[str | None, typer.Argument(help="YAML file with the keys below")] = None,
+    config: Annotated[str | None, typer.Argument(help="YAML or JSON file: lorakit's keys, LLaMA-Factory's, axolotl's or TRL's")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print configuration, sites, parameters and memory; train nothing")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="list every key with its default")] = False,
@@ -27,25 +32,37 @@ def train(
 
     Every key of the YAML is a flag, the method's own parameters too; --keys lists them all with defaults and meanings.
 
+    A file of LLaMA-Factory, axolotl or TRL runs as it is, and what each of its keys became is printed; single keys of theirs are aliases.
+
+    --preset auto takes what suits the model's family (lorakit presets) where you say nothing.
+
     --train-data given several times trains on one task after another, and says what was forgotten.
 
     A run that was killed goes on with the same command and --resume auto.
     """
     if keys:
         return print_keys()
-    from lorakit.train.config import read_config
+    from lorakit.train.config import load_config
 
     extra = list(ctx.args)
     if config is not None and config.startswith("--"):
         extra, config = [config, *extra], None
-    settings = read_config(config, parse_flags(extra, strings=STRINGS, several=SEVERAL))
+    flags = parse_flags(extra, strings=STRINGS, several=SEVERAL)
+    if config is None and "config" in flags:
+        config = flags.pop("config")
+    resolved = load_config(config, flags)
+    settings = resolved.config
     if dry_run:
         from lorakit.train.dry_run import dry_run as preview
 
-        return preview(settings).show(Console())
+        said = preview(settings)
+        show_notes(resolved.notes, Console())
+        return said.show(Console())
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        show_notes(resolved.notes, Console(stderr=True))
     from lorakit.train.train import train as run
 
-    result = run(settings, quiet=quiet)
+    result = run(settings, quiet=quiet, notes=resolved.notes)
     name = result.method or settings.method
     print(f"{name} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s")
     report = Table(box=None)
@@ -61,6 +78,12 @@ def train(
     console.print(f"adapter: {Path(settings.output_dir) / 'adapter'}", soft_wrap=True)
 
 
+def show_notes(notes: Sequence[str], console: Console) -> None:
+    """What the configuration was read as, a line each."""
+    for note in notes:
+        console.print(f"config: {note}", soft_wrap=True, markup=False, highlight=False)
+
+
 def sequence_table(borders: list[list[dict[str, float]]], sources: list[str]) -> Table:
     """Each task's held-out loss when it was learned and after the last one."""
     table = Table(Column("task", overflow="fold"), "loss when learned", "loss now", title="tasks in sequence", box=None)
@@ -72,12 +95,13 @@ def sequence_table(borders: list[list[dict[str, float]]], sources: list[str]) ->
 def print_keys() -> None:
     """Every key of the configuration, then every method's own."""
     from lorakit.core.method import COMMON, describe, list_methods
-    from lorakit.train.config import FIELDS, TrainConfig
+    from lorakit.train.config import FIELDS, PRESET, TrainConfig
 
     table = Table("key", "default", "meaning", box=None)
     for name in FIELDS:
         info = TrainConfig.model_fields[name]
         table.add_row(name, str(info.default), info.description or "")
+    table.add_row("preset", "None", PRESET)
     for method in list_methods():
         table.add_section()
         for name, parameter in describe(method).parameters.items():

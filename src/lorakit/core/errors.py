@@ -12,7 +12,6 @@ LorakitError
 import difflib
 from collections.abc import Iterable
 
-
 LONGEST = 1000
 """Characters of an error, which is one line: a hostile or broken file may hold any name."""
 

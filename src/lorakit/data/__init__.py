@@ -1,6 +1,8 @@
 """Data: from a name the user wrote to batches of tensors. Read in this order:
 
-source (row split jsonl textfile hub)   a name -> rows, train or validation side
+row, records, recognize, lazy           what a row is; what a file holds; columns of known formats -> rows, made when asked for
+source (jsonl tables textfile folder    a name -> rows, train and validation side
+        hub split mixture)
 builtin (docstrings), constructed       real data without a network; tasks whose truth is known
 encoded, chat, tokenize                 rows -> token ids and labels
 pack (packable), pad, sampler           samples -> windows -> batches, in a resumable order

@@ -6,25 +6,48 @@ A local folder in the Hub's layout works too (`hf:./my_dataset`) and needs no ne
 from typing import Any
 
 from lorakit.core.errors import DataError, MissingExtra
-from lorakit.data.row import Row, check_rows
+from lorakit.data.records import Blocks, Records
+from lorakit.data.tables import plain_columns
 
 VALID_NAMES = ("validation", "valid", "dev")
 
 
-def read_hub(name: str) -> tuple[list[Row], list[Row] | None]:
-    """The rows of the split "train", and those of the dataset's own validation split where it has one."""
+def open_hub(name: str) -> dict[str, Records]:
+    """The records of the split "train", and of the dataset's own validation split ("valid") where it has one."""
     splits = _load(name)
     if "train" not in splits:
         raise DataError(f"hf:{name} has no split called 'train'; it has {', '.join(map(repr, splits))}")
     valid = next((n for n in VALID_NAMES if n in splits), None)
-    return _rows(name, splits, "train"), _rows(name, splits, valid) if valid else None
+    sides = {"train": _records(name, splits, "train")}
+    return sides if valid is None else sides | {"valid": _records(name, splits, valid)}
 
 
-def _rows(name: str, splits: Any, split: str) -> list[Row]:
-    rows = check_rows((f"hf:{name}, {split} row {i}", dict(row)) for i, row in enumerate(splits[split], 1))
-    if not rows:
+def _records(name: str, splits: Any, split: str) -> Records:
+    if not len(splits[split]):
         raise DataError(f"hf:{name} holds no rows in its split {split!r}")
-    return rows
+    return HubRows(splits[split], f"hf:{name}, {split}")
+
+
+class HubRows(Blocks):
+    """The rows of one split, which the library maps into memory."""
+
+    def __init__(self, rows: Any, name: str) -> None:
+        self.rows, self.name = rows, name
+        if hasattr(rows, "features"):
+            kept, dropped = plain_columns(rows.features.arrow_schema)
+            if dropped:
+                self.notes = (f"{name}: columns left out, as they hold neither text nor numbers: {', '.join(dropped)}",)
+            self.rows = rows.select_columns(kept).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def block(self, start: int, size: int) -> list[Any]:
+        found = self.rows[start : start + size]
+        return found if isinstance(found, list) else found.to_pylist()
+
+    def where(self, i: int) -> str:
+        return f"{self.name} row {i + 1}"
 
 
 def _load(name: str) -> Any:

@@ -10,12 +10,15 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lorakit.core.errors import DataError
 from lorakit.data.encoded import IGNORED, Encoded
+from lorakit.data.samples import Samples, ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +37,60 @@ class Packed:
         return self.position_ids.count(0)
 
 
-def pack(samples: Sequence[Encoded], length: int) -> list[Packed]:
+@dataclass(frozen=True, eq=False, repr=False)
+class Windows(Sequence[Packed]):
+    """Windows over samples, made when they are asked for: what is held is which samples are in which, 4 bytes a sample and 8 a window.
+
+    A slice is a list. `members` [samples], the samples' numbers, window by window; window k's are offsets[k] to offsets[k + 1].
+    """
+
+    samples: Sequence[Encoded]
+    members: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    """Each window's tokens."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, k: int) -> Packed: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Packed]: ...
+    def __getitem__(self, k: int | slice) -> Packed | list[Packed]:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        n = len(self)
+        k = int(k) + n if k < 0 else int(k)
+        if not 0 <= k < n:
+            raise IndexError(f"window {k} of {n}")
+        return _window([self.samples[i] for i in self.members[self.offsets[k] : self.offsets[k + 1]].tolist()])
+
+
+def pack(samples: Sequence[Encoded], length: int) -> Windows:
     """Windows of at most `length` tokens, by best fit decreasing; deterministic, and every sample lies whole in one window.
 
     Within a window the documents keep the order of `samples`. DataError for an empty sample or one longer than the window.
     """
-    sizes = [len(sample.input_ids) for sample in samples]
-    for i, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
-        if not 1 <= size <= length:
-            raise DataError(f"sample {i} has {size} tokens and the window holds {length}; tokenize with max_length={length}")
-        if len(sample.labels) != size:
-            raise DataError(
-                f"sample {i} has {size} tokens but {len(sample.labels)} labels: encoder-decoder samples cannot be packed; use pad"
-            )
-    return [_window([samples[i] for i in sorted(members)]) for members in _best_fit(sizes, length)]
+    sizes, labels = _sizes(samples)
+    wrong = np.flatnonzero((sizes < 1) | (sizes > length) | (sizes != labels))
+    if len(wrong):
+        i = int(wrong[0])
+        if not 1 <= sizes[i] <= length:
+            raise DataError(f"sample {i} has {sizes[i]} tokens and the window holds {length}; tokenize with max_length={length}")
+        raise DataError(f"sample {i} has {sizes[i]} tokens but {labels[i]} labels: encoder-decoder samples cannot be packed; use pad")
+    window = _best_fit(sizes, length)
+    members = np.argsort(window, kind="stable").astype(np.int32)
+    offsets = ends(np.bincount(window))
+    return Windows(samples, members, offsets, np.add.reduceat(sizes[members], offsets[:-1]))
+
+
+def _sizes(samples: Sequence[Encoded]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each sample's tokens and labels, without making them where that is known."""
+    if isinstance(samples, Samples):
+        return np.diff(samples.offsets), np.diff(samples.offsets if samples.label_offsets is None else samples.label_offsets)
+    pairs = np.asarray([(len(s.input_ids), len(s.labels)) for s in samples], dtype=np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def collate(windows: Sequence[Packed], *, length: int | None = None, pad_id: int = 0) -> dict[str, Any]:
@@ -81,9 +124,9 @@ def filled(rows: Sequence[Sequence[int]], value: int, width: int) -> torch.Tenso
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
 
 
-def fill(windows: Sequence[Packed], length: int) -> float:
+def fill(windows: Windows, length: int) -> float:
     """The share of all window places that hold a token, in (0, 1]."""
-    return sum(len(window.input_ids) for window in windows) / (length * len(windows))
+    return int(windows.lengths.sum()) / (length * len(windows))
 
 
 def _window(documents: Sequence[Encoded]) -> Packed:
@@ -95,24 +138,30 @@ def _window(documents: Sequence[Encoded]) -> Packed:
     )
 
 
-def _best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Members of each window. Longest first, each item goes where the least room is left; equals in order of appearance."""
-    windows: list[list[int]] = []
+def _best_fit(sizes: NDArray[np.int64], length: int) -> NDArray[np.int32]:
+    """Each item's window. Longest first, each item goes where the least room is left; equals in order of appearance."""
+    window_of = np.empty(len(sizes), dtype=np.int32)
     with_room: dict[int, deque[int]] = {}  # room left -> windows, oldest first
     rooms: list[int] = []  # the keys of with_room, ascending: there are at most `length`
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        at = bisect_left(rooms, sizes[item])
-        room = rooms[at] if at < len(rooms) else length
-        if at == len(rooms):
-            number = len(windows)
-            windows.append([])
-        else:
-            number = with_room[room].popleft()
-            if not with_room[room]:
-                del with_room[room], rooms[at]
-        windows[number].append(item)
-        if left := room - sizes[item]:
-            if left not in with_room:
-                insort(rooms, left)
-            with_room.setdefault(left, deque()).append(number)
-    return windows
+    windows = 0
+    order = np.argsort(-sizes, kind="stable").astype(np.int32)
+    for start in range(0, len(order), 1 << 16):  # Python's numbers take more room than numpy's
+        some = order[start : start + (1 << 16)]
+        chosen = []
+        for size in sizes[some].tolist():
+            at = bisect_left(rooms, size)
+            if at == len(rooms):
+                room, number = length, windows
+                windows += 1
+            else:
+                room = rooms[at]
+                number = with_room[room].popleft()
+                if not with_room[room]:
+                    del with_room[room], rooms[at]
+            chosen.append(number)
+            if left := room - size:
+                if left not in with_room:
+                    insort(rooms, left)
+                with_room.setdefault(left, deque()).append(number)
+        window_of[some] = chosen
+    return window_of

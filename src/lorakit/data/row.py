@@ -37,30 +37,40 @@ PART_OF: dict[Shape, Shape] = {"text": "classify", "pair": "feedback"}
 """Shapes whose keys are among another's: a row that has all of the larger one's is of that."""
 
 
-def shape_of(row: Row, *, where: str = "row 1") -> Shape:
-    """The one shape whose keys the row has; DataError naming the keys found when there is none or more than one."""
+class BadRow(DataError):
+    """A row that cannot be used: `where` it stands, the `field` at fault ("" for all of it) and the `reason` in a few words."""
+
+    def __init__(self, message: str, where: object = "", *, reason: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.where, self.reason, self.field = str(where), reason, field
+
+
+def shape_of(row: Row, *, where: object = "row 1") -> Shape:
+    """The one shape whose keys the row has; BadRow naming the keys found when there is none or more than one."""
     fits: list[Shape] = [shape for shape, keys in KEYS.items() if all(key in row for key in keys)]
     if not isinstance(row.get("label"), bool) and "feedback" in fits:  # a pair with some other label beside it
         fits.remove("feedback")
     found = [shape for shape in fits if PART_OF.get(shape) not in fits]
     if len(found) != 1:
         what = "keys of two kinds of data" if found else "no known set of keys"
-        raise DataError(f"{where} has {what}: {_names(row)}; expected {EXPECTED}")
+        raise BadRow(f"{where} has {what}: {names(row)}; expected {EXPECTED}", where, reason=what)
     return found[0]
 
 
-def check_rows(rows: Iterable[tuple[str, Row]]) -> list[Row]:
+def check_row(row: Row, shape: Shape, where: object) -> None:
+    """BadRow unless the row is of this shape, which the first one has, with usable values."""
+    missing = [key for key in KEYS[shape] if key not in row]
+    if missing or (shape in PART_OF and shape_of(row, where=where) == PART_OF[shape]):
+        message = f"{where} has the keys {names(row)}, but the first row makes this {shape} data: expected {_braces(KEYS[shape])}"
+        raise BadRow(message, where, reason="other keys than the first row's", field=(missing or [""])[0])
+    _check_values(row, shape, where)
+
+
+def check_rows(rows: Iterable[tuple[object, Row]]) -> list[Row]:
     """The rows, once all have the first one's shape and usable values; `rows` yields (where, row), and where is named in errors."""
     checked: list[Row] = []
-    shape: Shape | None = None
     for where, row in rows:
-        shape = shape or shape_of(row, where=where)
-        missing = [key for key in KEYS[shape] if key not in row]
-        if missing or (shape in PART_OF and shape_of(row, where=where) == PART_OF[shape]):
-            raise DataError(
-                f"{where} has the keys {_names(row)}, but the first row makes this {shape} data: expected {_braces(KEYS[shape])}"
-            )
-        _check_values(row, shape, where)
+        check_row(row, shape_of(checked[0]) if checked else shape_of(row, where=where), where)
         checked.append(row)
     return checked
 
@@ -81,80 +91,98 @@ def data_hash(rows: Iterable[Row]) -> str:
 
 def canonical(row: Row) -> str:
     """The row as one line of JSON with sorted keys."""
-    return json.dumps(row, sort_keys=True, separators=(",", ":"))
+    return _ENCODER.encode(row)
 
 
-def _check_values(row: Row, shape: Shape, where: str) -> None:
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+def _check_values(row: Row, shape: Shape, where: object) -> None:
     if shape == "tag":
         _check_tags(row["tokens"], row["tags"], where)
         return
     chats = [key for key in KEYS[shape] if key not in ("messages", "label") and isinstance(row[key], list)]
     texts = [key for key in KEYS[shape] if key not in ("messages", "label", *chats)]
     if chats and (shape not in ("preference", "feedback") or texts):
-        raise DataError(
-            f"{where}: {chats[0]!r} is a list and {(texts or ['text'])[0]!r} is not; expected strings, or messages in all of them"
-        )
+        what = f"{chats[0]!r} is a list and {(texts or ['text'])[0]!r} is not; expected strings, or messages in all of them"
+        raise BadRow(f"{where}: {what}", where, reason="a list beside a text", field=chats[0])
     if "label" in KEYS[shape]:
         _check_label(row["label"], where, shape)
     for key in texts:
-        _check_text(row[key], f"{where}: {key!r}", empty=key == "prompt")
+        check_text(row[key], where, key, empty=key == "prompt")
     for key in ["messages"] if shape == "chat" else chats:
         _check_messages(row[key], key, where)
 
 
-def _check_text(value: Any, where: str, *, empty: bool = False) -> None:
+def check_text(value: Any, where: object, field: str, *, part: str = "", empty: bool = False) -> None:
+    """BadRow unless the value is text: a string, not empty, that can be written as UTF-8. `part`: where in the row the field is."""
+    if isinstance(value, str) and (value or empty) and value.isascii():
+        return
+    name = f"{where}: {part}{field!r}" if part or not field.startswith(("token ", "tag ")) else f"{where}: {field}"
     if not isinstance(value, str):
-        raise DataError(f"{where} is {_kind(value)}; expected a string")
+        raise BadRow(f"{name} is {kind(value)}; expected a string", where, reason=f"{kind(value)} for a string", field=part + field)
     if not value and not empty:
-        raise DataError(f"{where} is empty; leave the row out or give it text")
+        raise BadRow(f"{name} is empty; leave the row out or give it text", where, reason="empty text", field=part + field)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where} holds half of a surrogate pair ({value[error.start]!a}), which is not text; remove it") from None
+        message = f"{name} holds half of a surrogate pair ({value[error.start]!a}), which is not text; remove it"
+        raise BadRow(message, where, reason="half of a surrogate pair", field=part + field) from None
 
 
-def _check_label(value: Any, where: str, shape: Shape = "classify") -> None:
+def _check_label(value: Any, where: object, shape: Shape = "classify", field: str = "label") -> None:
+    name = f"{where}: {field!r}" if field == "label" else f"{where}: {field}"
     if shape == "feedback":
         if not isinstance(value, bool):
-            raise DataError(f"{where}: 'label' is {_kind(value)}; expected true or false")
+            raise BadRow(f"{name} is {kind(value)}; expected true or false", where, reason="no true or false for a label", field=field)
     elif isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: 'label' is {_kind(value)}; expected a string or an integer")
+        raise BadRow(f"{name} is {kind(value)}; expected a string or an integer", where, reason=f"{kind(value)} for a label", field=field)
 
 
-def _check_tags(tokens: Any, tags: Any, where: str) -> None:
+def _check_tags(tokens: Any, tags: Any, where: object) -> None:
     for key, values in (("tokens", tokens), ("tags", tags)):
         if not isinstance(values, list) or not values:
-            raise DataError(f"{where}: {key!r} is {_kind(values)}; expected a list with one entry a word")
+            message = f"{where}: {key!r} is {kind(values)}; expected a list with one entry a word"
+            raise BadRow(message, where, reason=f"{kind(values)} for a list", field=key)
     if len(tokens) != len(tags):
-        raise DataError(f"{where} has {len(tokens)} tokens and {len(tags)} tags; expected one tag a token")
+        message = f"{where} has {len(tokens)} tokens and {len(tags)} tags; expected one tag a token"
+        raise BadRow(message, where, reason="not one tag a token", field="tags")
     for i, token in enumerate(tokens, 1):
-        _check_text(token, f"{where}: token {i}")
+        check_text(token, where, f"token {i}")
     for i, tag in enumerate(tags, 1):
-        _check_label(tag, f"{where}: tag {i}")
+        _check_label(tag, where, field=f"tag {i}")
 
 
-def _check_messages(messages: Any, key: str, where: str) -> None:
+def _check_messages(messages: Any, key: str, where: object) -> None:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: {key!r} is {_kind(messages)}; expected a list of at least one {{role, content}}")
+        message = f"{where}: {key!r} is {kind(messages)}; expected a list of at least one {{role, content}}"
+        raise BadRow(message, where, reason=f"{kind(messages)} for messages", field=key)
     for i, message in enumerate(messages, 1):
+        part = f"message {i}: "
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            keys = _names(message) if isinstance(message, dict) else _kind(message)
-            raise DataError(f"{where}: message {i} has {keys}; expected {{role, content}}")
+            keys = names(message) if isinstance(message, dict) else kind(message)
+            what = f"message {i} has {keys}; expected {{role, content}}"
+            raise BadRow(f"{where}: {what}", where, reason="a message without role or content", field=key)
         if not isinstance(message.get("train", True), bool):
-            raise DataError(f"{where}: message {i}: 'train' is {_kind(message['train'])}; expected true or false")
-        _check_text(message["role"], f"{where}: message {i}: 'role'")
-        _check_text(message["content"], f"{where}: message {i}: 'content'", empty=True)
+            what = f"{part}'train' is {kind(message['train'])}; expected true or false"
+            raise BadRow(f"{where}: {what}", where, reason="no true or false for 'train'", field=key)
+        check_text(message["role"], where, "role", part=part)
+        check_text(message["content"], where, "content", part=part, empty=True)
 
 
-def _names(row: Row) -> str:
-    return _braces(sorted(map(str, row)))
+def names(keys: Iterable[Any]) -> str:
+    """Keys as errors list them: sorted, on one line, the first dozen."""
+    found = sorted(map(str, keys))
+    shown = [key if key.isprintable() and len(key) <= 40 else repr(key[:40]) for key in found[:12]]
+    return _braces([*shown, f"{len(found) - 12} more"] if len(found) > 12 else shown)
 
 
 def _braces(keys: Iterable[str]) -> str:
     return "{" + ", ".join(keys) + "}"
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value is, as errors call it."""
     return "missing" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
 
 

@@ -13,7 +13,7 @@ import transformers
 
 from lorakit.core.errors import DataError
 
-Task = Literal["causal-lm", "masked-lm", "sequence-classification"]
+Task = Literal["causal-lm", "masked-lm", "sequence-classification", "token-classification"]
 
 _COMMON = {"vocab_size": 128, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 256}
@@ -67,8 +67,13 @@ _HEADS: dict[str, dict[str, str]] = {
     "causal-lm": {"gpt2": "GPT2LMHeadModel", "bert": "BertLMHeadModel", "t5": "T5ForConditionalGeneration"},
     "masked-lm": {"bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"},
     "sequence-classification": {},
+    "token-classification": {},
 }
-_SUFFIX = {"causal-lm": "ForCausalLM", "sequence-classification": "ForSequenceClassification"}
+_SUFFIX = {
+    "causal-lm": "ForCausalLM",
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+}
 
 ARCHITECTURES = tuple(_CONFIGS)
 
@@ -100,7 +105,7 @@ def _config(arch: str, task: Task, *, tied: bool, overrides: dict[str, Any]) -> 
         raise DataError(f"no tiny model is called {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
     family, shape = _CONFIGS[arch]
     settings = {**_COMMON, "tie_word_embeddings": tied, **shape}
-    if task == "sequence-classification":
+    if task in ("sequence-classification", "token-classification"):
         settings["num_labels"] = 3
     if task == "causal-lm" and arch in ("bert", "roberta"):
         settings["is_decoder"] = True

@@ -9,6 +9,7 @@ A frozen dense head goes by the closed form above; any other is run under autogr
 References: arXiv:2410.10989 (gradients in forward); arXiv:2411.09009 (cut cross-entropy).
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """The target of a row without a loss: torch's own default."""
@@ -45,6 +47,39 @@ def head_loss(h: Tensor, head: nn.Linear, targets: Tensor, *, rows: int | None =
     if not torch.is_grad_enabled() or (frozen and not x.requires_grad):
         return _sum([_loss(head(x[c]), y[c]) for c in chunks])
     return (_closed if frozen else _traced)(x, head, y, chunks)
+
+
+def head_losses(h: Tensor, head: nn.Linear, targets: Tensor, *, rows: int | None = None) -> Tensor:
+    """−log softmax(head(h))[target] of each row, in at least fp32: h [n, d], targets [n], losses [n]; 0 where a target is ignored.
+
+    For a loss that weighs rows by what all of them say (train/preference.py). Arguments as in `head_loss`; it can be differentiated once. A
+    frozen dense head leaves a gradient of the size of h; any other runs again in backward, a chunk at a time. With and without gradients
+    the losses are the same bits.
+    """
+    rows = rows or max(ROWS, CHUNK.get(h.device.type, CHUNK["cpu"]) // head.out_features)
+    chunks = [slice(i, i + rows) for i in range(0, max(1, len(h)), rows)]
+    frozen = _frozen(head, h)
+    if not torch.is_grad_enabled() or (frozen and not h.requires_grad):
+        return torch.cat([_row_losses(head(h[c]), targets[c]) for c in chunks])
+    if frozen:
+        return _closed_rows(h, head, targets, chunks)
+    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([run(lambda part, y: _row_losses(head(part), y), h[c], targets[c]) for c in chunks])
+
+
+def _row_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(_wide(logits)), targets, ignore_index=IGNORED, reduction="none")
+
+
+def _closed_rows(x: Tensor, head: nn.Linear, y: Tensor, chunks: list[slice]) -> Tensor:
+    dx, losses = torch.empty_like(x, requires_grad=False), []
+    with torch.no_grad():
+        for c in chunks:
+            logits = head(x[c])
+            losses.append(_row_losses(logits, y[c]))
+            _loss(logits, y[c], logits)
+            torch.mm(logits, head.weight, out=dx[c])
+    return _KnownRows.apply(torch.cat(losses), dx, x)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -158,3 +193,19 @@ class _Known(torch.autograd.Function):
 def _known(value: Tensor, inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
     """`value`, which backward differentiates by `inputs` into `grads`."""
     return _Known.apply(value, grads, *inputs)  # type: ignore[no-any-return]
+
+
+class _KnownRows(torch.autograd.Function):
+    """A value [n] of each row of x [n, d], whose gradients for their own rows are known."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, Tensor]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the chunked losses have a first derivative only; for a second one take whole logits")
+        (grad,) = ctx.saved_tensors
+        return None, None, (grad * dy.unsqueeze(-1)).to(grad.dtype)

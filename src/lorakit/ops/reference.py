@@ -106,6 +106,12 @@ def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> T
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction="sum")
 
 
+def head_losses(h: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+    """−log softmax(head(h))[target] of each row in at least fp32: [n, d], d -> v, [n] -> [n]. A target of −100 gives 0."""
+    logits = head(h)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, *, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v where query i sees the keys first[i] to i: q [b, h, t, d]; k, v [b, h_kv, t, d] -> [b, h, t, d].
 

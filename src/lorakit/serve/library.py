@@ -232,8 +232,16 @@ INPUTS: dict[Shape, Callable[[Row], str]] = {
     "text": lambda row: str(row["text"]),
     "classify": lambda row: str(row["text"]),
     "pair": lambda row: str(row["prompt"]),
-    "chat": lambda row: "\n".join(m["content"] for m in row["messages"] if m["role"] != "assistant"),
+    "chat": lambda row: _asked(row["messages"]),
+    "tag": lambda row: " ".join(row["tokens"]),
+    "preference": lambda row: _asked(row["prompt"]),
+    "feedback": lambda row: _asked(row["prompt"]),
 }
+
+
+def _asked(prompt: str | list[Row]) -> str:
+    """What everybody but the assistant said."""
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m["role"] != "assistant")
 
 
 def _check_new(library: Library, name: str, adapter: Adapter, encoder: Encoder, force: bool) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.core.errors import BadParameter, CheckpointError, NotMergeable
 from lorakit.parts.bases.quantize import quantize
 from lorakit.serve.open import Opened, base_storage, open_adapter
-from lorakit.train.source_model import CLASSIFY
+from lorakit.train.source_model import CLASSIFY, HEADED
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS = (
@@ -143,7 +143,11 @@ def probes(opened: Opened) -> list[Tensor]:
     limit = getattr(opened.model.config, "max_position_embeddings", None) or 512
     ids = [opened.tokenizer(p, return_tensors="pt")["input_ids"][:, : min(limit, 128)] for p in PROMPTS]
     vocabulary = opened.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return [i.clamp_max(vocabulary - 1) for i in ids]
+    ids = [i.clamp_max(vocabulary - 1) for i in ids]
+    eos = opened.tokenizer.eos_token_id
+    if opened.task != CLASSIFY or not opened.model.config.is_encoder_decoder or eos is None:  # type: ignore[union-attr]
+        return ids
+    return [i if eos in i else torch.cat([i, i.new_tensor([[eos]])], 1) for i in ids]  # it answers at the EOS
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -176,7 +180,7 @@ def _verdict(
         saved = [logits(reloaded, ids) for ids in probe]
         # what rounding alone does: the merged fp32 model against itself, weights and activations in the target dtype
         rounding = 0.0 if dtype == "float32" else largest([logits(rounded, ids) for ids in probe], after)
-    perplexities = [None, None] if opened.task == CLASSIFY else [perplexity(found, probe) for found in (before, saved)]
+    perplexities = [None, None] if opened.task in HEADED else [perplexity(found, probe) for found in (before, saved)]
     differences = largest(before, after), largest(before, saved), rounding
     return Verdict(dtype, *differences, perplexities[0], perplexities[1], len(probe), tolerance, notes, requantized)
 

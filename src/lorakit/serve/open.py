@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.folder import locate
-from lorakit.adapters.io import RECORD, load_adapter
+from lorakit.adapters.io import RECORD, is_file, load_adapter
 from lorakit.adapters.peft_config import CONFIG, read_config
 from lorakit.adapters.record import read_bounded, read_record, recipe_in
 from lorakit.core.attach import Adapted, attach_adapter
@@ -65,8 +65,9 @@ def base_of(folder: str | Path, model: str | None, *, needed: bool) -> nn.Module
 
 def _loaded(folder: str | Path, model: str | None, facts: dict[str, Any], dtype: str | None) -> nn.Module:
     labels, name = facts.get("labels") or None, model or str(facts["model"])
+    task = facts.get("task") or (CLASSIFY if labels else "causal-lm")
     try:
-        return load_base(name, facts, base_storage(folder), task=CLASSIFY if labels else "causal-lm", dtype=dtype, labels=labels)
+        return load_base(name, facts, base_storage(folder), task=task, dtype=dtype, labels=labels)
     except BadParameter as error:
         if model is not None:
             raise
@@ -90,5 +91,6 @@ def recorded(folder: str | Path) -> dict[str, Any]:
         return read_record(read_bounded(own), own).meta
     if peft is not None:
         return {"model": read_config(read_bounded(peft), peft).get("base_model_name_or_path")}
-    load_adapter(folder)  # says what is there instead
+    if not is_file(folder):  # which says nothing of a base
+        load_adapter(folder)  # says what is there instead
     return {}

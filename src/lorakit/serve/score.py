@@ -1,7 +1,10 @@
 """Figures of an opened model on data: loss, bits per byte, accuracy, F1, and exact match of generated answers."""
 
+from pathlib import Path
 from typing import Any
 
+from lorakit.adapters.digest import digest
+from lorakit.adapters.io import load_adapter
 from lorakit.core.errors import DataError
 from lorakit.data.packable import why_not_packable
 from lorakit.data.row import Row, shape_of
@@ -12,8 +15,9 @@ from lorakit.train.config import make_config
 from lorakit.train.dataset import TrainData, prepare
 from lorakit.train.evaluate import evaluate
 from lorakit.train.metrics import exact_match
+from lorakit.train.preference import REFERENCE
 from lorakit.train.rows import Rows
-from lorakit.train.source_model import CLASSIFY
+from lorakit.train.source_model import CLASSIFY, HEADED, TAG
 
 
 def score(
@@ -27,26 +31,47 @@ def score(
     exact: bool = False,
 ) -> dict[str, float]:
     """Figures on the validation side of `data` (all of it with `whole`). Raises DataError."""
-    sides = prepared(opened, data, whole=whole, limit=limit, max_length=max_length)
-    figures = evaluate(opened.model, sides.valid, batch_size=batch_size)
+    sides = prepared(opened, data, whole=whole, limit=limit, max_length=max_length, compared=True)
+    if sides.valid.aim is not None:
+        _refer(opened)
+    figures = evaluate(opened.model, sides.valid, batch_size=batch_size, adapted=opened.adapted)
     return figures | ({"exact_match": answers(opened, _rows(data, whole, limit))} if exact else {})
 
 
-def prepared(opened: Opened, data: str, *, whole: bool = False, limit: int | None = None, max_length: int | None = None) -> TrainData:
-    """The validation side of `data`, on both sides, tokenized for this model. Raises DataError for data of another kind."""
+def _refer(opened: Opened) -> None:
+    """Load what an adapter was compared with when it learned preferences, where that was another adapter. Raises DataError."""
+    begun = opened.meta.get("init_adapter") if "aim" in opened.meta else None
+    if begun is None or opened.adapted is None or REFERENCE in opened.adapted.methods:
+        return
+    folder = begun["folder"]
+    if not Path(folder).is_dir() or digest(load_adapter(folder, model=opened.model).tensors) != begun["sha256"]:
+        raise DataError(f"this adapter learned preferences beside {folder}, which is not there any more; bring it back")
+    opened.adapted.load(folder, REFERENCE).switch("default")
+
+
+def prepared(
+    opened: Opened, data: str, *, whole: bool = False, limit: int | None = None, max_length: int | None = None, compared: bool = False
+) -> TrainData:
+    """The validation side of `data`, on both sides, tokenized for this model. Raises DataError for data of another kind.
+
+    `compared`: it may hold preferences, which are judged beside the base.
+    """
     rows = _rows(data, whole, limit)
-    config = make_config({"train_data": data, "max_length": max_length or opened.meta.get("max_length", 512)})
+    length = max_length or opened.meta.get("max_length", 512)
+    config = make_config({"train_data": data, "max_length": length, **opened.meta.get("aim", {})})
     model: Any = opened.model
     both = Rows(rows, rows, tuple(opened.meta.get("labels") or ()))
-    if (both.task == CLASSIFY) == bool(model.can_generate()):
-        kind = "language model" if model.can_generate() else "classifier"
+    if both.task != opened.task and {both.task, opened.task} & set(HEADED):
+        kind = {CLASSIFY: "classifier", TAG: "token classifier"}.get(opened.task, "language model")
         raise DataError(f"this is a {kind}, and {data} holds {shape_of(rows[0])} data, which it cannot be scored on")
+    if both.task in ("dpo", "kto") and not compared:
+        raise DataError(f"{data} holds {shape_of(rows[0])} data, on which only `lorakit eval` of one adapter says something")
     packing = both.task == "causal-lm" and why_not_packable(model) is None
     return prepare(both, config, opened.tokenizer, packing=packing, encoder_decoder=bool(model.config.is_encoder_decoder))
 
 
 def _rows(data: str, whole: bool, limit: int | None) -> list[Row]:
-    return load_rows(data, "valid", valid=data if whole else None)[:limit]
+    return list(load_rows(data, "valid", valid=data if whole else None)[:limit])
 
 
 def answers(opened: Opened, rows: list[Row]) -> float:

@@ -4,16 +4,20 @@ Names are Transformers' TrainingArguments' where they exist. A method's own para
 against the method's signature. An unknown key is an error that names the nearest.
 """
 
-from collections import Counter
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from lorakit.core.errors import BadParameter, did_you_mean
 from lorakit.core.method import Method, describe, get_method
+from lorakit.train.chat_templates import TEMPLATES
+from lorakit.train.config_file import check_finite, read_mapping
+from lorakit.train.dialects.rule import plain
 
 BUNDLED = "bundled"
 
@@ -21,7 +25,7 @@ BUNDLED = "bundled"
 class TrainConfig(pydantic.BaseModel):
     """Everything a run depends on. Lengths in tokens, sizes in items, steps are optimizer steps."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(BUNDLED, description="a local folder, a Hub name, or 'bundled'")
     method: str = Field("lora", description="any id of `lorakit list`; its parameters are keys too")
@@ -45,32 +49,38 @@ class TrainConfig(pydantic.BaseModel):
     )
     columns: dict[str, str] = Field(default_factory=dict, description="our names: the file's, e.g. {prompt: question, completion: answer}")
     skip_bad: bool = Field(False, description="leave out rows that cannot be used, counted and listed; off: the first is an error")
-    preprocessing_num_workers: int | None = Field(None, ge=1, description="processes that tokenize; None: by the number of rows and cores")
+    preprocessing_num_workers: int | None = Field(
+        None, ge=1, le=1024, description="processes that tokenize; None: by the number of rows and cores"
+    )
     output_dir: str = Field("out", description="run folder: checkpoints, metrics, curve, adapter")
     task: Literal["auto", "causal-lm", "sequence-classification", "token-classification", "dpo", "kto"] = Field(
         "auto", description="auto: by the rows' shape; an encoder-decoder model makes causal-lm sequence to sequence"
     )
-    beta: float = Field(0.1, gt=0, description="of DPO and KTO: how far the model may go from the base")
-    desirable_weight: float = Field(1.0, ge=0, description="KTO's, of rows labeled true")
-    undesirable_weight: float = Field(1.0, ge=0, description="KTO's, of rows labeled false")
+    beta: float = Field(0.1, gt=0, le=1000, description="of DPO and KTO: how far the model may go from the base")
+    desirable_weight: float = Field(1.0, ge=0, le=1000, description="KTO's, of rows labeled true")
+    undesirable_weight: float = Field(1.0, ge=0, le=1000, description="KTO's, of rows labeled false")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters are fp32")
     quantize: Literal["none", "nf4"] = Field("none", description="how the frozen linear weights are stored, for any method")
-    max_length: int = Field(512, ge=2, description="longest sample, and the packing window")
+    max_length: int = Field(512, ge=2, le=10_000_000, description="longest sample, and the packing window")
     packing: bool = Field(True, description="several documents in a window, exactly; off: pad")
     group_by_length: bool = Field(True, description="items of similar length share a batch, in random order: little is padded")
-    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens of a chat are trained on")
-    chat_template: str | None = Field(None, description="a Jinja template (or a file with one) for a tokenizer without")
+    train_on: Literal["assistant", "all", "last"] = Field(
+        "assistant", description="what is learned of a chat: the assistant's turns, the last of them, or all; all: a pair's prompt, too"
+    )
+    chat_template: str | None = Field(
+        None, description="in place of the tokenizer's own: a Jinja template, a file with one, or a name (chatml, llama3, plain, …)"
+    )
     max_train_samples: int | None = Field(None, ge=1, description="use only the first rows")
     max_eval_samples: int | None = Field(None, ge=1, description="use only the first rows")
-    seed: int = Field(0, ge=0, description="of init, data order and dropout")
-    per_device_train_batch_size: int = Field(8, ge=1, description="windows or samples")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="windows or samples")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches in a step; exact for uneven token counts")
-    learning_rate: float = Field(2e-4, gt=0, description="peak rate; methods may multiply it by role")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on every trained parameter")
+    seed: int = Field(0, ge=0, lt=2**63, description="of init, data order and dropout")
+    per_device_train_batch_size: int = Field(8, ge=1, le=1_000_000, description="windows or samples")
+    per_device_eval_batch_size: int = Field(8, ge=1, le=1_000_000, description="windows or samples")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=1_000_000, description="micro-batches in a step; exact for uneven token counts")
+    learning_rate: float = Field(2e-4, gt=0, le=10, description="peak rate; methods may multiply it by role")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's, on every trained parameter")
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the training items; may be a fraction")
-    max_steps: int = Field(-1, description="overrides num_train_epochs when positive")
+    num_train_epochs: float = Field(1.0, gt=0, le=100_000, description="passes over the training items; may be a fraction")
+    max_steps: int = Field(-1, ge=-1, le=10**9, description="overrides num_train_epochs when positive")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = Field(
         "cosine", description="of every group, times its own rate"
     )
@@ -116,42 +126,119 @@ FREE = (
 )  # fmt: skip
 """Keys that do not decide what is learned: a resumed run may change them."""
 
+EVERYDAY = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "rank": "r", "data": "train_data", "train_file": "train_data",
+    "steps": "max_steps",
+    "output": "output_dir", "out": "output_dir", "target": "sites", "targets": "sites", "target_modules": "sites",
+    "bs": "per_device_train_batch_size",
+    "scheduler": "lr_scheduler_type", "wd": "weight_decay", "validation_file": "eval_data",
+    "device": "CUDA_VISIBLE_DEVICES (in the environment)",
+}  # fmt: skip
+"""Words that nobody's configuration has and many type."""
+
 FIELDS = tuple(name for name in TrainConfig.model_fields if name != "method_args")
 
 
-def make_config(values: dict[str, Any]) -> TrainConfig:
-    """A configuration from flat keys, the method's among them. Raises BadParameter with one line for the first thing wrong."""
+PRESET = "a family's keys under yours: a name of lorakit presets, or auto, by the model's type"
+"""What the key `preset` means. It is none of a run's: what it says becomes the run's own keys."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and what was understood, changed or left without effect on the way to it, a line each."""
+
+    config: TrainConfig
+    notes: tuple[str, ...] = ()
+
+
+def make_config(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from flat keys of ours, the method's among them. Raises BadParameter with one line for the first thing wrong."""
+    return resolve_config({}, values).config
+
+
+def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """A YAML or JSON file's keys, overridden by flags; both may be in another tool's words."""
+    return load_config(path, overrides).config
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any]) -> Resolved:
+    """As `read_config`, with what is to be said of it."""
+    return resolve_config({} if path is None else read_mapping(path), overrides)
+
+
+def resolve_config(file: Mapping[str, Any], flags: Mapping[str, Any]) -> Resolved:
+    """From what was written to what runs. What decides, first to last: flags, file, preset, the defaults of the file's dialect, ours."""
+    from lorakit.train.dialects.translate import translate
+
+    check_finite(dict(file))
+    check_finite(dict(flags))
+    named = next((v for v in (flags.get("method"), file.get("method")) if v is not None), "lora")
+    if not isinstance(named, str):
+        raise BadParameter(f"method={named!r} is no name; lorakit list shows them")
+    translated = translate(file, flags, {*FIELDS, "method_args", "preset", *describe(named).parameters})
+    values, notes = dict(translated.values), list(translated.notes)
+    if (preset := values.pop("preset", None)) is not None:
+        from lorakit.train.preset import under
+
+        method = str(values.get("method", translated.defaults.get("method", "lora")))
+        open_, said = under(preset, values, describe(method).parameters)
+        values, notes = open_ | values, notes + said
+    config = _checked({**translated.defaults, **values})
+    return Resolved(config, tuple(notes))
+
+
+def _checked(values: dict[str, Any]) -> TrainConfig:
+    check_finite(values)
     entry = describe(values.get("method", "lora"))
     own = {k: v for k, v in values.items() if k in FIELDS}
-    method_args = dict(values.get("method_args", {})) | {k: v for k, v in values.items() if k in entry.parameters}
+    method_args = values.get("method_args", {})
+    if not isinstance(method_args, dict):
+        raise BadParameter(f"method_args={method_args!r} is no mapping of the method's parameters; give them beside the other keys")
+    method_args = dict(method_args) | {k: v for k, v in values.items() if k in entry.parameters}
+    for key, value in method_args.items():  # a number in quotes is that number, as it is for every other key
+        if isinstance(value, str) and type(entry.parameters[key].default if key in entry.parameters else "") in (int, float):
+            method_args[key] = plain(value)
     for key in values:
         if key not in FIELDS and key not in entry.parameters and key != "method_args":
-            options = [*FIELDS, *entry.parameters]
-            hint = did_you_mean(key, options) or "lorakit train --keys lists them."
-            raise BadParameter(f"unknown key {key!r} (method {entry.name}). {hint}")
+            raise BadParameter(f"unknown key {key!r} (method {entry.name}). {nearest_key(key, entry.parameters)}")
+    for key, value in own.items():
+        if isinstance(value, bool) and _counts(key):
+            raise BadParameter(f"{key}={str(value).lower()}: expected a number ({TrainConfig.model_fields[key].description})")
+    if isinstance(own.get("chat_template"), str):
+        own["chat_template"] = TEMPLATES.get(own["chat_template"], own["chat_template"])
     try:
         config = TrainConfig(**own, method_args=method_args)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise BadParameter(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None
+        raise BadParameter(_first(error)) from None
     config.build_method(), config.sources
     return config
 
 
-def read_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConfig:
-    """A YAML file's keys, overridden by flags."""
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            values = yaml.safe_load(text) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadParameter(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise BadParameter(f"{path} is not a flat mapping of keys to values")
-        node = yaml.compose(text)
-        keys = Counter(key.value for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()
-        twice = [key for key, n in keys.items() if n > 1]
-        if twice:
-            raise BadParameter(f"{path} gives {twice[0]!r} twice; keep one")
-    return make_config(values | overrides)
+def nearest_key(key: str, parameters: Mapping[str, Any]) -> str:
+    """The nearest of our names, else of the other tools'."""
+    from lorakit.train.dialects.translate import DIALECTS
+
+    if key in EVERYDAY:
+        return f"Did you mean {EVERYDAY[key]!r}?"
+    ours, theirs = [*FIELDS, "preset", *parameters], {name: dialect.title for dialect in DIALECTS for name in dialect.keys}
+    best = difflib.get_close_matches(key, sorted({*ours, *theirs}), n=1, cutoff=0.8)
+    if best and best[0] not in ours:
+        return f"Did you mean {best[0]!r} ({theirs[best[0]]}'s)?"
+    return did_you_mean(key, ours) or "lorakit train --keys lists them."
+
+
+def _counts(key: str) -> bool:
+    """Whether a key holds a number, and true would be read as 1."""
+    kinds = str(TrainConfig.model_fields[key].annotation)
+    return ("int" in kinds or "float" in kinds) and "bool" not in kinds
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    """One line for the first thing wrong: what was found, what was expected, what the key is."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    found = repr(first["input"])
+    where = ".".join(map(str, first["loc"][:1] if first["type"].endswith(("_type", "_parsing")) or len(first["loc"]) > 2 else first["loc"]))
+    info = TrainConfig.model_fields.get(name)
+    about = f" ({info.description}; default {info.default!r})" if info is not None else ""
+    return f"{where}={found if len(found) <= 80 else found[:77] + '…'}: {first['msg']}{about}"

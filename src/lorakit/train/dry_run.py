@@ -64,5 +64,6 @@ def dry_run(config: TrainConfig) -> Preview:
     adapted.model.train()
     spec = adapted.methods[adapted.active[0]].optim or AdamW()
     memory = estimate(adapted.model, batch, optimizer=spec.rule)
-    accounts = [line for task in data.tasks for line in (f"train: {task.train.account}", f"eval: {task.valid.account}")]
+    accounts = [f"data: {note}" for note in parts.held.notes]
+    accounts += [line for task in data.tasks for line in (f"train: {task.train.account}", f"eval: {task.valid.account}")]
     return Preview(config, table, sites, numel(adapted.model), accounts, adapted.notes, memory)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.attach import Adapted
 from lorakit.core.errors import DataError
 from lorakit.data.packable import eval_mode
 from lorakit.train.dataset import Batch, Side
@@ -16,11 +17,16 @@ from lorakit.train.metrics import accuracy, bits_per_byte, forward_loss, macro_f
 ALONE = World(0, 1, torch.device("cpu"), False)
 
 
-def evaluate(model: nn.Module, side: Side, *, batch_size: int, world: World = ALONE) -> dict[str, float]:
-    """Figures over one side of the data: {loss, perplexity, bits_per_byte} or {loss, accuracy, macro_f1}."""
+def evaluate(model: nn.Module, side: Side, *, batch_size: int, world: World = ALONE, adapted: Adapted | None = None) -> dict[str, float]:
+    """Figures over one side of the data: {loss, perplexity, bits_per_byte}, {loss, accuracy, macro_f1}, or what the side's own judge says.
+
+    `adapted`: the model's handle, for what compares it with its base.
+    """
     device = next(model.parameters()).device
     batches = (to(batch, device) for batch in side.batches(batch_size, rank=world.rank, world=world.size))
     with eval_mode(model), torch.no_grad():
+        if side.judge is not None:
+            return side.judge(model, batches, world, adapted)
         return _texts(model, batches, side.n_bytes, world) if side.n_bytes else _classes(model, batches, world)
 
 

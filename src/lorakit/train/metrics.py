@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.core.errors import DataError, Incompatible
 from lorakit.core.events import Scored
 from lorakit.data.encoded import IGNORED
-from lorakit.ops.cross_entropy import head_loss
+from lorakit.ops.cross_entropy import head_loss, head_losses
 from lorakit.train.head import head_and_hidden
 
 CHUNK = 2**22
@@ -66,9 +66,37 @@ def forward_scored(model: nn.Module, batch: Mapping[str, Any]) -> Scored:
     return Scored(_token_loss(logits, targets), n, logits, None if targets.dim() == 1 else targets != IGNORED)
 
 
+def row_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """log p of each row's supervised labels together, [b] in at least fp32, for any model that generates: a decoder, where the label at
+    t + 1 is predicted at t, or an encoder-decoder. Logits are never whole where the head allows it (see `forward_loss`).
+    """
+    inputs, labels = _inputs(model, batch)
+    if _predicts_next(model, labels):
+        kept = F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+        inputs, targets, _ = _ahead(model, inputs, labels)
+        found = head_and_hidden(model, inputs)
+    else:
+        kept, targets, found = labels != IGNORED, labels, None
+        inputs = _decoding(model, inputs, labels)
+    outputs = model(**inputs).logits if found is None else found[1]
+    _check_places(outputs, targets)
+    if targets.dim() == 2:  # a forward that takes no logits_to_keep
+        outputs, targets = outputs[kept], targets[kept]
+    losses = _each_loss(outputs, targets) if found is None else head_losses(outputs, found[0], targets)
+    return -losses.new_zeros(kept.shape).masked_scatter(kept, losses).sum(-1)
+
+
+def _each_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+
+
+ASIDE = frozenset({"labels", "kinds", "desirable"})
+"""Keys of a batch that are no arguments of a model: what it is to predict, and what the context or the loss says of its samples."""
+
+
 def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """What the model is called with, and the labels."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "kinds")}  # kinds: what the context says
+    inputs = {key: value for key, value in batch.items() if key not in ASIDE}
     if "use_cache" in _arguments(type(model).forward):
         inputs["use_cache"] = False
     return inputs, batch["labels"]
@@ -87,13 +115,18 @@ def _ahead(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[di
 
 def _aligned_loss(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Scored:
     """One label per output: no shift."""
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:  # type: ignore[union-attr]
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-    logits = model(**inputs).logits
+    logits = model(**_decoding(model, inputs, labels)).logits
     if labels.is_floating_point() or logits.shape[-1] == 1:
         return Scored(_value_loss(model, logits, labels), labels.numel(), logits, None)
     kept = labels != IGNORED
     return Scored(_token_loss(logits, labels), int(kept.sum()), logits, kept)
+
+
+def _decoding(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    """With what the decoder of a model that generates reads: the labels, one place later. One with classes makes its own."""
+    if not model.config.is_encoder_decoder or not model.can_generate() or "decoder_input_ids" in inputs:  # type: ignore[operator, union-attr]
+        return inputs
+    return inputs | {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}  # type: ignore[operator]
 
 
 def _value_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

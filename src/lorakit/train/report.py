@@ -1,214 +1,215 @@
-"""A run's records: rows of metrics that survive a kill, the curve drawn from them, and the line that moves while it runs."""
+"""report.html: what a run was, how it went and what became of it, as one file that needs nothing from elsewhere.
 
-import json
+It is written anew while the run goes on (never more than SHARE of its time), so that one that is killed has a page too, and once more at
+the end with the held-out figures of the base beside the adapter's, and some held-out rows answered by both (train/answers.py).
+"""
+
 import math
-import numbers
-import os
+import shlex
+import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from rich import progress
-from rich.console import Console
+from lorakit.train.answers import Sample
+from lorakit.train.chart import Chart, Line, chart, curve
+from lorakit.train.facts import Facts, Pairs, now
+from lorakit.train.log import Row, read_log, replace_file
+from lorakit.train.page import duration, render, size
 
-from lorakit.core.errors import BadParameter, DataError, MissingExtra
-from lorakit.train.memory import used_bytes
-
-Row = dict[str, Any]
-
-
-# ----------------------------------------------------------------------------------------------------------------- the rows
-class MetricsLog:
-    """An append-only file of one JSON object a line, each with its `step`.
-
-    A row is one line and leaves the process as it is appended, so that `kill -9` costs at most a torn last line, which readers skip and
-    the next opening cuts off. `sync` makes the rows outlive the machine too; `truncate` drops those that a resumed run will redo.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        self._cut(_whole_lines(self.path))
-        self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="\n")
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row: `step` and numbers, strings or None. Scalars of torch and numpy are unpacked; NaN and infinities become null."""
-        if not isinstance(row.get("step"), int):
-            raise BadParameter(f"a row of metrics needs an integer 'step', got {dict(row)}")
-        self._file.write(json.dumps({k: _plain(k, v) for k, v in row.items()}, allow_nan=False) + "\n")
-
-    def rows(self) -> list[Row]:
-        """Every row so far."""
-        return read_log(self.path)
-
-    def sync(self) -> None:
-        """Return when everything appended is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def truncate(self, step: int) -> None:
-        """Cut the file before the first row of a later step than `step`: the run goes on from there."""
-        kept = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            if json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-        self._cut(kept)
-        self.sync()
-
-    def close(self) -> None:
-        """Sync and close the file."""
-        self.sync()
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _cut(self, size: int) -> None:
-        if size < self.path.stat().st_size:
-            os.truncate(self.path, size)
+NAME = "report.html"
+SHARE, PAUSE = 0.02, 3.0
+"""Of the run's time that refreshing may take, and the seconds between two refreshes at least."""
+SITES = 600
+"""Sites that are listed at most."""
+Figures = Mapping[str, float]
 
 
-def read_log(path: str | Path) -> list[Row]:
-    """The rows of a metrics file, which may be in writing: a torn last line is left out, a broken one before it is an error."""
-    lines = Path(path).read_bytes()[: _whole_lines(Path(path))].splitlines()
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise DataError(f"{path}, line {number}: not a JSON row: {line[:60]!r}") from e
-    return rows
+@dataclass(frozen=True)
+class Outcome:
+    """What is known at the end. `base`: the figures with the adapter disabled; `compared`: the adapter's on the same items."""
+
+    final: Figures
+    steps: int
+    seconds: float
+    base: Figures = field(default_factory=dict)
+    compared: Figures = field(default_factory=dict)
+    base_note: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    samples_note: str = ""
+    memory: list[tuple[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    borders: Sequence[Sequence[Figures]] = ()
+    adapter_bytes: int = 0
 
 
-def _whole_lines(path: Path) -> int:
-    """Bytes up to and including the last line break: what was written whole."""
-    return path.read_bytes().rfind(b"\n") + 1
+@dataclass
+class Report:
+    """The page of one run. Called with each recorded row, it refreshes the page when there is time for it."""
+
+    out: Path
+    facts: Facts
+    notes: list[str] = field(default_factory=list)
+    _next: float = 0.0
+
+    def __call__(self, row: Row) -> None:
+        """A row was recorded."""
+        began = time.monotonic()
+        if began >= self._next:
+            self.write()
+            done = time.monotonic()
+            self._next = done + max(PAUSE, (done - began) / SHARE)
+
+    def write(self, outcome: Outcome | None = None) -> Path:
+        """Write the page; without an outcome, of a run that is not finished."""
+        text = page_of(self.facts, read_log(self.out / "metrics.jsonl"), outcome, self.notes)
+        return replace_file(self.out / NAME, lambda partial: _store(partial, text))
 
 
-def _plain(key: str, value: Any) -> Any:
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise BadParameter(f"a metric must be one number, a string or None; {key!r} is a {type(value).__name__}") from e
-    return number if math.isfinite(number) else None
+def _store(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------- the curve
-_LOSSES = (("loss", "train", "C0"), ("eval_loss", "eval", "C1"))
+# ------------------------------------------------------------------------------------------------------------------- the page
+def page_of(facts: Facts, rows: Sequence[Row], outcome: Outcome | None, notes: Sequence[str] = ()) -> str:
+    """The HTML of a run."""
+    last = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    return render(
+        "report.html.jinja",
+        facts=facts,
+        outcome=outcome,
+        state=_state(facts, outcome, last),
+        written=now(),
+        tiles=_tiles(facts, rows, outcome),
+        figures=compared(outcome.base, outcome.compared or outcome.final) if outcome else [],
+        charts=charts(rows, facts.ends, (outcome.base.get("loss") if outcome and not facts.ends[1:] else None)),
+        memory=_memory(rows, outcome),
+        tasks=_tasks(facts.sources, outcome.borders) if outcome else [],
+        notes=list(dict.fromkeys(outcome.notes if outcome else notes)),
+        commands=usage(facts) if outcome else [],
+        sites=facts.sites[:SITES],
+    )
 
 
-def draw_curve(rows: Iterable[Mapping[str, Any]], png: str | Path) -> Path:
-    """Train and eval loss over steps, the learning rate on a second axis, as a PNG that replaces the old one in one go.
-
-    Args:
-        rows: as `MetricsLog` holds them; `loss`, `eval_loss` and `learning_rate` are drawn where a row has them.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: a figure of its own draws with Agg and touches no global state
-    except ImportError as e:
-        raise MissingExtra("matplotlib", "plot") from e
-    rows = list(rows)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    losses = figure.add_subplot(xlabel="step", ylabel="loss")
-    for key, label, color in _LOSSES:
-        _draw(losses, _points(rows, key), label, color)
-    if not losses.lines:
-        raise DataError("no row has a loss or an eval_loss: nothing to draw")
-    rates = losses.twinx()
-    rates.set_ylabel("learning rate")
-    _draw(rates, _points(rows, "learning_rate"), "learning rate", "C7", linestyle=":")
-    figure.legend(loc="outside upper right", ncols=3)
-    return _replace(Path(png), lambda partial: figure.savefig(partial, format="png", dpi=120))
+def _state(facts: Facts, outcome: Outcome | None, last: int) -> str:
+    if outcome is None:
+        return f"at step {last:,} of {facts.total:,} when this page was written"
+    early = f", stopped early: {facts.total:,} were planned" if outcome.steps < facts.total else ""
+    return f"finished after {outcome.steps:,} steps{early}"
 
 
-def _points(rows: list[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+def _tiles(facts: Facts, rows: Sequence[Row], outcome: Outcome | None) -> list[tuple[str, Any, str]]:
+    """(what, number or words, remark) of the figures at the head of the page."""
+    found: list[tuple[str, Any, str]] = []
+    final: Figures = outcome.final if outcome else _latest(rows)
+    for key in ("loss", "accuracy", "bits_per_byte", "reward_accuracy", "forgetting"):
+        if key in final and len(found) < 3:
+            base = outcome.base.get(key) if outcome and not outcome.compared else None
+            found.append((words(key), final[key], "" if base is None else f"base {base:.4g}"))
+    share = 100 * facts.trainable / max(1, facts.of)
+    found.append(("trained parameters", facts.trainable, f"{share:.2g} % of {facts.of:,}"))
+    if outcome:
+        found.append(("time", duration(outcome.seconds), f"{outcome.steps:,} steps"))
+        if outcome.adapter_bytes:
+            found.append(("adapter on disk", size(outcome.adapter_bytes), ""))
+    speeds = [y for _, y in curve(rows, "tokens_per_second") if math.isfinite(y)]
+    if speeds:
+        found.append(("tokens a second", round(statistics.median(speeds)), "median"))
+    return found
 
 
-def _draw(axes: Any, points: list[tuple[int, float]], label: str, color: str, linestyle: str = "-") -> None:
-    if points:
-        marker = "." if len(points) < 30 else None  # a single evaluation has no line, so it needs a dot
-        axes.plot(*zip(*points, strict=True), label=label, color=color, linestyle=linestyle, marker=marker)
+def _latest(rows: Sequence[Row]) -> dict[str, float]:
+    """The newest held-out figures among the rows."""
+    judged = [row for row in rows if isinstance(row.get("eval_loss"), float | int)]
+    return {k.removeprefix("eval_"): v for k, v in (judged[-1] if judged else {}).items() if k.startswith("eval_") and v is not None}
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> Path:
-    """Write beside `path`, then move over it: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    return partial.replace(path)
+def words(key: str) -> str:
+    """A figure's name as people write it."""
+    return {"loss": "held-out loss", "bits_per_byte": "bits per byte", "macro_f1": "macro F1"}.get(key, key.replace("_", " "))
 
 
-# ------------------------------------------------------------------------------------------------------- the line that moves
-WINDOW = 50
-"""Steps that the time left is judged by: long enough to be calm, short enough to follow a change."""
+def compared(base: Figures, final: Figures) -> list[tuple[str, float | None, float | None, float | None]]:
+    """(name, base, adapter, difference) of each held-out figure."""
+    found = []
+    for key in dict.fromkeys([*final, *base]):
+        a, b = base.get(key), final.get(key)
+        found.append((words(key), a, b, None if a is None or b is None else b - a))
+    return found
 
 
-class Progress:
-    """Steps done, loss, tokens a second, memory and time left: a bar on a terminal, else silent, or a plain line every `every` steps.
-
-        with Progress(1000, start=200) as progress:
-            progress.advance(loss=2.31, tokens_per_second=4096.0)
-
-    Args:
-        total: the run's last step.
-        start: the step that the run starts or resumes after.
-        every: without a terminal, print a line whenever the step is a multiple of this, and at the last step; None prints nothing.
-        quiet: show nothing at all, as every process but the first does.
-        console: where to write; None for standard error.
-    """
-
-    def __init__(
-        self, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False, console: Console | None = None
-    ) -> None:
-        self.total, self.step = total, start
-        self.every = None if quiet else every
-        self.console = console or Console(stderr=True)
-        self._times = deque([time.monotonic()], maxlen=WINDOW)
-        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[status]}"))
-        self._bar = progress.Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
-        self._task = self._bar.add_task("train", total=total, completed=start, status="")
-
-    def advance(self, *, loss: float, tokens_per_second: float | None = None, memory: int | None = None) -> None:
-        """One more step is done. `memory` in bytes; None for `used_bytes()`."""
-        self.step += 1
-        self._times.append(time.monotonic())
-        parts = [f"loss {loss:.4f}"]
-        parts += [] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tok/s"]
-        parts += [f"{(used_bytes() if memory is None else memory) / 1e9:.2f} GB", f"ETA {_clock(self.seconds_left())}"]
-        self._show("  ".join(parts))
-
-    def seconds_left(self) -> float:
-        """Time to the last step at the pace of the last ones."""
-        pace = (self._times[-1] - self._times[0]) / max(1, len(self._times) - 1)  # seconds a step
-        return pace * (self.total - self.step)
-
-    def _show(self, status: str) -> None:
-        if not self._bar.disable:
-            self._bar.update(self._task, completed=self.step, status=status)
-        elif self.every and (self.step % self.every == 0 or self.step == self.total):
-            self.console.print(f"step {self.step}/{self.total}  {status}", highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+# (key in the rows, title, also shown where only it is there)
+_SERIES = {
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+    "tokens_per_second": "Tokens a second",
+    "memory": "Memory",
+}
+_KNOWN = {"step", "loss", "eval_loss", "epoch", "tokens", "task", "final", *_SERIES}
+OTHERS = 8
+"""Figures of methods and of evaluations that get a picture of their own, at most."""
 
 
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{s:02}"
+def charts(rows: Sequence[Row], ends: Sequence[int] = (), base: float | None = None) -> list[Chart]:
+    """Every figure of a run over its steps: losses first, then what a step has, then evaluations and what the method adds."""
+    borders = list(ends[:-1])
+    level = None if base is None else (base, "base")
+    losses = [Line("training", curve(rows, "loss"), 0), Line("held-out", curve(rows, "eval_loss"), 1)]
+    found = [chart("Loss", losses, level=level, marks=borders, best=True)]
+    for key, title in _SERIES.items():
+        points = curve(rows, key)
+        if key == "memory":
+            unit, name = _unit(max((y for _, y in points if math.isfinite(y)), default=0.0))
+            points, title = [(x, y / unit) for x, y in points], f"Memory ({name})"
+        found.append(chart(title, [Line("", points, 2)], marks=borders))
+    keys = dict.fromkeys(key for row in rows for key in row if key not in _KNOWN)
+    others = (chart(_title(key), [Line("", curve(rows, key), 3)], marks=borders) for key in keys)
+    drawn = (c for c in others if c and "L" in c.lines[0].path)  # a single value is among the figures
+    return [c for c in found if c] + list(islice(drawn, OTHERS))
+
+
+def _title(key: str) -> str:
+    name = key.removeprefix("eval_")
+    return (words(name) if name == key else f"held-out {words(name)}").replace("_", " ").capitalize().replace("f1", "F1")
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
+
+
+def _memory(rows: Sequence[Row], outcome: Outcome | None) -> list[tuple[str, int, float]]:
+    """(what, bytes, per cent of the largest) of the memory's parts, the measured peak first."""
+    peak = int(max((y for _, y in curve(rows, "memory") if math.isfinite(y)), default=0))
+    parts = [("highest measured, all of the process", peak)] if peak else []
+    parts += outcome.memory if outcome else []
+    largest = max((n for _, n in parts), default=0)
+    return [(what, n, 100 * n / max(1, largest)) for what, n in parts]
+
+
+def _tasks(sources: Sequence[str], borders: Sequence[Sequence[Figures]]) -> list[tuple[str, float, float, float]]:
+    """(data, loss when learned, loss now, difference) of tasks in sequence."""
+    if not borders:
+        return []
+    now = borders[-1]
+    rows = zip(sources, range(len(now)), strict=False)
+    return [(source, borders[i][i]["loss"], now[i]["loss"], now[i]["loss"] - borders[i][i]["loss"]) for source, i in rows]
+
+
+def usage(facts: Facts) -> Pairs:
+    """What one does next."""
+    folder = shlex.quote(f"{dict(facts.provenance)['output folder']}/adapter")
+    talk = [("talk to it", f"lorakit chat {folder}")] if facts.shape in ("chat", "preference", "feedback") else []
+    say = [] if facts.shape in ("classify", "tag") else [("continue a text", f"lorakit generate {folder} --prompt 'Once'")]
+    data = shlex.quote(facts.sources[0]) if facts.sources else "DATA"
+    python = f"lorakit.load(model, {dict(facts.provenance)['output folder'] + '/adapter'!r})"
+    return [
+        *talk,
+        *say,
+        ("measure it", f"lorakit eval {folder} --data {data}"),
+        ("look into it", f"lorakit inspect {folder}"),
+        ("merge it into a copy of the base", f"lorakit merge {folder} --out merged"),
+        ("use it in Python", python),
+    ]

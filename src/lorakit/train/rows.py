@@ -1,36 +1,78 @@
 """The rows of a run: read from the configuration's sources, both sides of each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lorakit.core.errors import DataError
-from lorakit.data.row import Row, shape_of
-from lorakit.data.source import load_rows
+from lorakit.data.lazy import Chain, LazyRows
+from lorakit.data.mixture import mixed
+from lorakit.data.row import Row, Shape, shape_of
+from lorakit.data.source import Loaded, Reading, Skipped, load_source
 from lorakit.data.tokenize import class_names
 from lorakit.train.config import TrainConfig
+
+TASKS: dict[Shape, str] = {
+    "classify": "sequence-classification",
+    "tag": "token-classification",
+    "preference": "dpo",
+    "feedback": "kto",
+}
+"""The task that a shape asks for; any other one is language modeling."""
+NEEDS = {
+    "sequence-classification": "{text, label} rows",
+    "token-classification": "{tokens, tags} rows",
+    "dpo": "{prompt, chosen, rejected} rows",
+    "kto": "{prompt, completion, label: true or false} or {prompt, chosen, rejected} rows",
+    "causal-lm": "text, chat or {prompt, completion} rows",
+}
+LABELS: dict[str, Callable[[Row], Sequence[Any]]] = {
+    "sequence-classification": lambda row: (row["label"],),
+    "token-classification": lambda row: row["tags"],
+}
 
 
 @dataclass(frozen=True)
 class Rows:
     """What the configuration's sources hold, before tokenizing: enough to choose a task and a model."""
 
-    train: list[Row]
-    valid: list[Row]
+    train: Sequence[Row]
+    valid: Sequence[Row]
     known: tuple[Any, ...] = ()
     """Class names in the order of a trained model's outputs; () takes those of the rows."""
+    notes: tuple[str, ...] = ()
+    """What was recognized and why, how sources are mixed, which rows were left out: for the user to read."""
+    skipped: tuple[Skipped, ...] = ()
+    """Every row that was left out."""
 
     @property
     def task(self) -> str:
         """The task that the rows' shape asks for."""
-        return "sequence-classification" if shape_of(self.train[0]) == "classify" else "causal-lm"
+        return TASKS.get(shape_of(self.train[0]), "causal-lm")
 
-    @property
+    @cached_property
     def labels(self) -> list[Any]:
-        """Class names, [] for language modeling."""
-        if self.known:
+        """Class names, [] for other tasks than classification."""
+        if self.known or self.task not in LABELS:
             return list(self.known)
-        return class_names([*self.train, *self.valid]) if self.task == "sequence-classification" else []
+        of = LABELS[self.task]
+        return list(class_names({"label": label} for side in (self.train, self.valid) for row in side for label in of(row)))
+
+
+class Judged(LazyRows):
+    """Preferences as feedback: each is a completion that is wanted and one that is not."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def row(self, i: int) -> Row:
+        rest = dict(self.rows[i // 2])
+        answers = rest.pop("chosen"), rest.pop("rejected")
+        return rest | {"completion": answers[i % 2], "label": i % 2 == 0}
 
 
 def read_tasks(config: TrainConfig) -> list[Rows]:
@@ -39,7 +81,9 @@ def read_tasks(config: TrainConfig) -> list[Rows]:
     kinds = [rows.task for rows in tasks]
     if len(set(kinds)) > 1:
         raise DataError(f"tasks in sequence must be of one kind; found {', '.join(kinds)}")
-    labels = Rows([r for rows in tasks for r in rows.train], [r for rows in tasks for r in rows.valid]).labels
+    labels = Rows(Chain([rows.train for rows in tasks]), Chain([rows.valid for rows in tasks])).labels
+    if len(labels) == 1:
+        raise DataError(f"every row has the label {labels[0]!r}; expected at least two classes to tell apart")
     return [replace(rows, known=tuple(labels)) for rows in tasks]
 
 
@@ -49,11 +93,31 @@ def read_rows(config: TrainConfig, train_data: str | Mapping[str, float] | None 
         ((train_data, eval_data),) = config.sources
     if not train_data:
         raise DataError("no training data: give train_data (--train-data), e.g. data.jsonl, a folder, or builtin:email/code")
-    sides: dict[str, list[Row]] = {}
-    limits = {"train": config.max_train_samples, "valid": config.max_eval_samples}
-    for split in ("train", "valid"):
-        sides[split] = load_rows(train_data, split, valid=eval_data, seed=0)[: limits[split]]
-    rows = Rows(sides["train"], sides["valid"])
+    loaded = _mixture(config, train_data, eval_data) if isinstance(train_data, Mapping) else _load(config, train_data, eval_data)
+    train, valid = loaded.train[: config.max_train_samples], loaded.valid[: config.max_eval_samples]
+    if config.task == "kto" and loaded.shape == "preference":
+        train, valid = Judged(train), Judged(valid)
+    rows = Rows(train, valid, notes=loaded.notes, skipped=loaded.skipped)
     if config.task not in ("auto", rows.task):
-        raise DataError(f"task={config.task} needs other rows: {train_data} holds {shape_of(rows.train[0])} data")
+        names = ", ".join(train_data) if isinstance(train_data, Mapping) else train_data
+        raise DataError(f"task={config.task} needs other rows: {names} holds {loaded.shape} data; expected {NEEDS[config.task]}")
     return rows
+
+
+def _load(config: TrainConfig, source: str, eval_data: str | None) -> Loaded:
+    reading = Reading(config.data_format, config.columns, config.skip_bad)
+    return load_source(source, valid=eval_data, valid_fraction=config.eval_fraction, seed=0, reading=reading)
+
+
+def _mixture(config: TrainConfig, weights: Mapping[str, float], eval_data: str | None) -> Loaded:
+    """Several sources as one. Each is split by itself; held-out rows are not weighted, each of them is there once."""
+    parts = {source: _load(config, source, eval_data) for source in weights}
+    (first, one), *others = parts.items()
+    for source, part in others:
+        if part.shape != one.shape:
+            raise DataError(f"mixed formats: {first} holds {one.shape} data and {source} {part.shape} data; expected one shape in all")
+    train, shares = mixed({source: part.train for source, part in parts.items()}, weights, config.mix_strategy)
+    valid = one.valid if eval_data is not None else Chain([part.valid for part in parts.values()])
+    notes = dict.fromkeys((*(note for part in parts.values() for note in part.notes), *shares))
+    skipped = dict.fromkeys(skip for part in parts.values() for skip in part.skipped)
+    return Loaded(train, valid, one.shape, tuple(notes), tuple(skipped))

@@ -8,8 +8,9 @@ uneven token counts. A method's loop may do other things between before_forward 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from lorakit.train.dataset import TrainData
 from lorakit.train.distributed import World
 from lorakit.train.evaluate import ALONE, evaluate
 from lorakit.train.kinds import told
+from lorakit.train.log import MetricsLog
 from lorakit.train.memory import used_bytes
 from lorakit.train.metrics import forward_loss, forward_scored
-from lorakit.train.report import MetricsLog, Progress
+from lorakit.train.preference import Ratios
+from lorakit.train.progress import Progress
 from lorakit.train.sequence import Figures, ends_of, rates_of, summary
 from lorakit.train.state import random_state, restore_random, write_state
 from lorakit.train.stream import Stream, calibration
@@ -45,6 +48,8 @@ class Position:
     tokens: int = 0
     window_nats: float = 0.0
     window_tokens: int = 0
+    window_sums: list[float] = field(default_factory=list)
+    """What an aim tells of the window (train/preference.py)."""
     best_loss: float = math.inf
     best_step: int = -1
     stale: int = 0
@@ -81,6 +86,7 @@ class Run:
         self.loop = method.loop.build(self)
         self.history: list[dict[str, Any]] = []
         self.log = MetricsLog(out / "metrics.jsonl") if out and world.main else None
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # of the main process: told of each row as it is recorded
         self.quiet = quiet or not world.main
         self.compiled = compiled
 
@@ -125,7 +131,7 @@ class Run:
         """Figures on the held-out side of a task, by default of the present one. A sharded base gathers its weights in every forward, so
         there all processes run all batches."""
         world, valid = ALONE if self.world.sharded else self.world, (task or self.shown).valid
-        return evaluate(self.adapted.model, valid, batch_size=self.config.per_device_eval_batch_size, world=world)
+        return evaluate(self.adapted.model, valid, batch_size=self.config.per_device_eval_batch_size, world=world, adapted=self.adapted)
 
     # --- tasks in sequence (train/sequence.py) ------------------------------------------------------------------------------
 
@@ -189,9 +195,9 @@ class Run:
         before = [row.tensor.grad for row in table]
         for row in table:
             row.tensor.grad = None
-        nats, tokens = torch.zeros((), dtype=torch.float64), 0
+        nats, tokens, sums = torch.zeros((), dtype=torch.float64), 0, self._no_sums()
         for i, batch in enumerate(batches):
-            loss, shown, n = self._forward(batch, info, i)
+            loss, shown, n = self._forward(batch, info, i, sums)
             if loss.requires_grad:  # a method may leave out the whole backward pass of a step
                 loss.backward()
             nats, tokens = nats + shown.double().cpu(), tokens + n
@@ -199,7 +205,8 @@ class Run:
             _check_reached(table)
         grads = _grads(table)
         self.world.sum_(grads)
-        total_nats, total_tokens = self.world.total(float(nats), tokens)
+        total_nats, total_tokens, *totals = self.world.total(float(nats), tokens, *sums.tolist())
+        self._count(totals)
         if not math.isfinite(total_nats):
             raise LorakitError(
                 f"the loss is {total_nats} at step {info.index}; lower learning_rate ({self.config.learning_rate}) or check the data"
@@ -213,9 +220,15 @@ class Run:
                 row.tensor.grad = earlier if row.tensor.grad is None else earlier.add_(row.tensor.grad)
         return total_nats, int(total_tokens)
 
-    def _forward(self, batch: Mapping[str, Any], info: Step, i: int) -> tuple[Tensor, Tensor, int]:
-        """(training loss, plain loss, tokens) of the i-th micro-batch, the losses summed over its targets."""
+    def _forward(self, batch: Mapping[str, Any], info: Step, i: int, sums: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(training loss, plain loss, tokens) of the i-th micro-batch, the losses summed over its targets. What an aim has to tell is added
+        to `sums`."""
         number = (info.index * self.config.gradient_accumulation_steps + i) * self.world.size + self.world.rank
+        if (aim := self.shown.train.aim) is not None:
+            within = partial(self.adapted.given, step=number, seed=self.config.seed)
+            judged = aim(Ratios(self.adapted.model, self.adapted, within), batch)
+            sums += judged.sums
+            return judged.loss, judged.sums[0], judged.n
         done: list[Scored] = []
 
         def score(k: int) -> Scored:
@@ -234,12 +247,20 @@ class Run:
     @torch.no_grad()
     def loss(self, batches: MicroBatches, info: Step) -> tuple[float, int]:
         """(summed nats, tokens) over all processes, without a graph."""
-        nats = tokens = 0.0
+        nats, tokens, sums = 0.0, 0.0, self._no_sums()
         for i, batch in enumerate(batches):
-            _, shown, n = self._forward(batch, info, i)
+            _, shown, n = self._forward(batch, info, i, sums)
             nats, tokens = nats + shown.item(), tokens + n
-        nats, tokens = self.world.total(nats, tokens)
+        nats, tokens, *totals = self.world.total(nats, tokens, *sums.tolist())
+        self._count(totals)
         return nats, int(tokens)
+
+    def _no_sums(self) -> Tensor:
+        aim = self.shown.train.aim
+        return torch.zeros(0 if aim is None else aim.width, dtype=torch.float64)
+
+    def _count(self, sums: list[float]) -> None:
+        self.at.window_sums = [a + b for a, b in zip(self.at.window_sums or [0.0] * len(sums), sums, strict=True)]
 
     def update(self, info: Step) -> None:
         """after_backward, clip, one step of the optimizer at this step's rate, after_step, zero_grad."""
@@ -301,8 +322,10 @@ class Run:
         last = at.step >= self.total
         if at.step % config.logging_steps == 0 or last:
             loss = at.window_nats / max(1, at.window_tokens)
-            self._record(row | {"loss": loss, "epoch": round(self.epoch, 4), "tokens": at.tokens})
-            at.window_nats, at.window_tokens = 0.0, 0
+            aim = self.shown.train.aim
+            told_more = {} if aim is None else aim.figures(at.window_sums)
+            self._record(row | {"loss": loss, **told_more, "epoch": round(self.epoch, 4), "tokens": at.tokens})
+            at.window_nats, at.window_tokens, at.window_sums = 0.0, 0, []
         if config.eval_steps and at.step % config.eval_steps == 0 and at.step not in self.ends:
             self._judge()
         if at.step in self.ends[:-1]:  # before the checkpoint, which a resumed run then takes up in the next task
@@ -337,6 +360,8 @@ class Run:
         self.history.append(row)
         if self.log:
             self.log.append(row)
+        for listener in self.listeners:
+            listener(row)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -413,11 +438,13 @@ class Result:
     """Of tasks in sequence: task i's figures after task t, [t][i]."""
     method: str = ""
     """That which was trained: init_adapter's own, where there was one."""
+    base: dict[str, float] = field(default_factory=dict)
+    """`final` of the base alone, where it was measured on all of the same data."""
 
     def write(self) -> None:
         """result.json, whose presence says that the run is complete."""
         facts = {"steps": self.steps, "final": self.final, "trainable_params": self.trainable, "seconds": self.seconds, "notes": self.notes}
-        text = json.dumps(facts | {"method": self.method} | ({"tasks": self.tasks} if self.tasks else {}), indent=1)
+        text = json.dumps(facts | {"method": self.method, "base": self.base} | ({"tasks": self.tasks} if self.tasks else {}), indent=1)
         partial = self.out / "result.json.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.out / "result.json")

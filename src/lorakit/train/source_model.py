@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -23,7 +25,13 @@ from lorakit.parts.bases.quantize import quantize
 from lorakit.train.config import BUNDLED
 from lorakit.train.packed_folder import is_packed, load_packed
 
-CLASSIFY = "sequence-classification"
+CLASSIFY, TAG = "sequence-classification", "token-classification"
+HEADED: dict[str, Any] = {CLASSIFY: AutoModelForSequenceClassification, TAG: AutoModelForTokenClassification}
+"""Tasks whose model has a head of its own, with one output per label; every other task's is a language model."""
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+"""What Transformers raises over a folder whose files are damaged, of the wrong kind, or of a version that it does not know."""
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+"""What Transformers raises over a folder whose files are damaged, of the wrong kind, or of a version that it does not know."""
 
 
 def bundled_base() -> Path:
@@ -48,25 +56,33 @@ def resolve(name: str) -> str:
 
 
 def load_model(name: str, *, task: str = "causal-lm", dtype: str = "float32", labels: list[Any] | None = None) -> nn.Module:
-    """A Transformers model in eval mode. With `labels`, a classifier with one output per label."""
+    """A Transformers model in eval mode. For a task with `labels`, one with an output per label."""
     source = resolve(name)
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if task == CLASSIFY:
+    if task in HEADED:
         names = {i: str(label) for i, label in enumerate(labels or [])}
         options |= {"num_labels": len(names) or 2, "id2label": names, "label2id": {v: k for k, v in names.items()}}
     try:
         config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k != "dtype"})
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        auto = (
-            AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        )
+        auto = HEADED.get(task) or (AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM)
         with _quiet():  # that a head is new is no news: it is trained here, or filled from the adapter
             packed = is_packed(config)
-            model: nn.Module = load_packed(auto, source, config, options["dtype"]) if packed else auto.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise BadParameter(f"cannot load a {task} model from {name!r}: {str(error).splitlines()[0]}") from None
+            model: nn.Module = load_packed(auto, source, config, options["dtype"]) if packed else _loaded(auto, source, options)
+    except UNREADABLE as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadParameter(f"cannot load a {task} model from {name!r}: {said}") from None
     return model.eval()
+
+
+def _loaded(auto: Any, source: str, options: dict[str, Any]) -> nn.Module:
+    """The model in a folder. A head for other labels is replaced by a new one; nothing else may have other shapes."""
+    model, info = auto.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    others = [key for key, *_ in info["mismatched_keys"] if not key.startswith(tuple(f"{head}." for head in head_of(model)))]
+    if others:
+        raise ValueError(f"{sorted(others)[0]} has another shape in the weights than the configuration says")
+    return model  # type: ignore[no-any-return]
 
 
 def load_base(
@@ -125,4 +141,4 @@ def _template_in(file: str) -> str:
 
 def head_of(model: nn.Module) -> tuple[str, ...]:
     """Names of the classification head's modules, which every method trains whole."""
-    return tuple(name for name, _ in model.named_children() if name in ("score", "classifier", "qa_outputs"))
+    return tuple(name for name, _ in model.named_children() if name in ("score", "classifier", "classification_head", "qa_outputs"))

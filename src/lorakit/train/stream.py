@@ -22,13 +22,13 @@ class Stream(Iterator[list[Batch]]):
     def turn(self, side: Side) -> None:
         """Take the items of this side from now on, from their beginning."""
         n, (lo, hi), config, world = len(side.items), self.share, self.config, self.world
-        order = list(range(n)) if (lo, hi) == (0.0, 1.0) else permutation(n, config.seed, -1)
+        order = range(n) if (lo, hi) == (0.0, 1.0) else permutation(n, config.seed, -1)
         self.mine = order[round(lo * n) : round(hi * n)]
         if not self.mine:
             raise DataError(f"a share of {hi - lo:.0%} of {n} training items holds none; give more data")
         self.side, self.size, self.device = side, config.per_device_train_batch_size, world.device
         batch = self.size * config.gradient_accumulation_steps * world.size
-        lengths = [side.length(side.items[k]) for k in self.mine] if config.group_by_length else None
+        lengths = side.lengths[self.mine] if config.group_by_length else None
         self.sampler = Batches(len(self.mine), batch, lengths=lengths, seed=config.seed, rank=world.rank, world=world.size)
 
     def __next__(self) -> list[Batch]:
@@ -38,10 +38,11 @@ class Stream(Iterator[list[Batch]]):
 
 def calibration(side: Side, config: TrainConfig, world: World, batches: int) -> Calibration:
     """The first so many batches of a side's items in a fixed shuffle (0: all of them), each process its share of them, and the training
-    loss. Under a sharded base, whose every forward is a common one, all processes run all batches."""
+    loss; a loss with a reference compares the model with itself, which gives the gradient of the first step. Under a sharded base, whose
+    every forward is a common one, all processes run all batches."""
     size, items = config.per_device_train_batch_size, side.items
     order = permutation(len(items), config.seed, -2)[: batches * size or None]
     chosen = [[items[k] for k in order[i : i + size]] for i in range(0, len(order), size)]
     mine = chosen if world.sharded else chosen[world.rank :: world.size]
-
-    return Calibration([to(side.collate(some), world.device) for some in mine], forward_loss, world.total_)
+    loss = forward_loss if side.aim is None else side.aim.on
+    return Calibration([to(side.collate(some), world.device) for some in mine], loss, world.total_)

@@ -1,6 +1,7 @@
 """`train(config)`: from a configuration to an adapter on disk. The same function behind `lorakit train` and Python."""
 
 import json
+import os
 import random
 import sys
 import time
@@ -23,20 +24,27 @@ from lorakit.data.packable import check_packing, why_not_packable
 from lorakit.parts.bases.nf4_base import NF4Spec
 from lorakit.parts.bases.quantize import quantize
 from lorakit.train.allocator import keep_freed_memory
+from lorakit.train.answers import Held, held_out
 from lorakit.train.attention import segment_attention
 from lorakit.train.beginning import Beginning, beginning
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.compile import CompiledLayers, compile_layers
 from lorakit.train.compile_choice import choose
 from lorakit.train.config import TrainConfig
-from lorakit.train.dataset import TrainData, prepare
+from lorakit.train.curve import draw_curve
+from lorakit.train.dataset import TrainData, check_vocabulary, prepare
 from lorakit.train.distributed import World, shard, world
-from lorakit.train.report import draw_curve, read_log
+from lorakit.train.ending import conclude
+from lorakit.train.facts import facts_of, started
+from lorakit.train.log import read_log
+from lorakit.train.preference import REFERENCE
+from lorakit.train.report import Report
 from lorakit.train.rows import Rows, read_tasks
 from lorakit.train.run import Result, Run
-from lorakit.train.source_model import CLASSIFY, head_of, load_model, load_tokenizer
+from lorakit.train.source_model import CLASSIFY, HEADED, head_of, load_model, load_tokenizer
 from lorakit.train.state import read_state
 from lorakit.train.stream import calibration
+from lorakit.train.trackers import Trackers, start, wanted
 
 
 @dataclass(frozen=True)
@@ -52,37 +60,69 @@ class Parts:
     """Why its layers are compiled, or not; nothing where the configuration says it."""
     undo: Callable[[], None]
     """Gives the model its own attention back."""
+    held: Held
+    """What a report says of the held-out rows."""
     begun: Beginning | None = None
     """The saved adapter that it goes on from."""
 
 
-def train(config: TrainConfig, *, quiet: bool = False) -> Result:
+def train(config: TrainConfig, *, quiet: bool = False, notes: Sequence[str] = ()) -> Result:
     """Train an adapter as configured and save it under `output_dir`/adapter.
 
     With resume="auto" a killed run goes on from its newest checkpoint and ends with the same bits, on CPU, as if it had never been
-    killed; a finished one returns at once. Raises BadParameter when `output_dir` holds another run.
+    killed; a finished one returns at once. Raises BadParameter when `output_dir` holds another run. `notes`: what the configuration was
+    read as, for the report.
     """
     keep_freed_memory()
     out = Path(config.output_dir)
     began = time.perf_counter()
     here = world()
+    wanted(config.report_to)  # or it is refused, before anything is loaded
     found = earlier(out, config, here)
     if found is not None:
         return found
     state = read_state(checkpoints(out)[-1]) if config.resume and checkpoints(out) else None
     parts = build(config, here, state)
+    for note in parts.held.notes if here.main and not quiet else ():
+        print(f"data: {note}", file=sys.stderr, flush=True)
     if parts.choice and here.main and not quiet:
         print(f"torch_compile: {parts.choice}", file=sys.stderr, flush=True)
     same_start(out, parts.begun)
-    run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet, compiled=parts.compiled)
-    claim(out, config, here, parts.begun)
-    if state is not None:
-        run.load_state(state)
+    trackers = Trackers()
     try:
+        if here.main:
+            trackers = start(config, config.identity() | config.method_args, step=0 if state is None else state["position"]["step"])
+        run = Run(parts.adapted, parts.data, config, here, out=out, quiet=quiet, compiled=parts.compiled)
+        claim(out, config, here, parts)
+        if state is not None:
+            run.load_state(state)
+        report = watch(config, parts, run, out, notes)
+        run.listeners.append(trackers)
         final = run.train()
     finally:
         parts.undo()
-    return _finish(parts, run, out, final, time.perf_counter() - began)
+        trackers.close()
+    return _finish(parts, run, out, final, time.perf_counter() - began, report, trackers)
+
+
+def watch(config: TrainConfig, parts: Parts, run: Run, out: Path, notes: Sequence[str]) -> Report | None:
+    """The page of the run, which is told of every row; the main process writes it."""
+    if not run.world.main:
+        return None
+    facts = facts_of(
+        config,
+        parts.config,
+        parts.adapted,
+        parts.data,
+        held=parts.held,
+        ends=run.ends,
+        processes=run.world.size,
+        resumed=run.at.step,
+        notes=notes,
+    )
+    report = Report(out, facts, parts.adapted.notes)
+    run.listeners.append(report)
+    return report
 
 
 def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = None) -> Parts:
@@ -102,7 +142,16 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
         quantize(model, spec)  # before attach, which would keep the original weights, and before they need room on the device
     model = model.to(here.device)
     data = make_data(tasks, config, tokenizer, model, method)
+    if (aim := data.train.aim) is not None:
+        aim.check(method)
     adapted = begin(model, method, data, config, here, None if state is None else state["adapter"], begun)
+    adapted.notes += data.notes
+    if config.packing and "packing" in config.model_fields_set and rows.task not in ("causal-lm", CLASSIFY):
+        adapted.notes.append(f"packing is for texts to continue or to answer: the samples of task={rows.task} are padded")
+    if aim is not None:
+        adapted.notes += aim.notes(data.train.items)
+        if begun is not None:  # what it began as is the reference, beside what it becomes
+            adapted.add(REFERENCE, adapted.state()).switch("default")
     adapted.meta = describe_run(config, data, tokenizer) | ({} if begun is None else {"init_adapter": begun.provenance()})
     with adapted.given(step=0):  # whose memo of the probe is forgotten with it
         undo = segment_attention(model)
@@ -112,7 +161,8 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
     compiled = compile_layers(model, required=choice.required, dynamic=choice.dynamic) if choice.on else None
     if here.sharded:
         shard(model, adapted.params())
-    return Parts(adapted, tokenizer, data.filled() if choice.on else data, config, compiled, choice.why, undo, begun)
+    held = held_out(tasks, config.report_samples)
+    return Parts(adapted, tokenizer, data.filled() if choice.on else data, config, compiled, choice.why, undo, held, begun)
 
 
 def begin(
@@ -140,7 +190,7 @@ def begin(
 def with_head(config: TrainConfig, model: nn.Module, task: str, begun: Beginning | None = None) -> Method:
     """The method; for classification the new head is trained whole, unless the user said what to unfreeze, or the adapter brings one."""
     head = head_of(model) if begun is None else begun.lacks(model)
-    if task != CLASSIFY or not head or (begun is None and "unfreeze" in config.method_args):
+    if task not in HEADED or not head or (begun is None and "unfreeze" in config.method_args):
         return config.build_method()
     known = describe(config.method).parameters
     if "unfreeze" not in known:
@@ -157,7 +207,7 @@ def make_data(
 ) -> TrainData:
     """Tokenized items. Packing that the user asked for must be exact; where it cannot be and was not asked for, samples are padded."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    packing = config.packing and tasks[0].task != CLASSIFY
+    packing = config.packing and tasks[0].task == "causal-lm"
     patched = attach(model, Method(None, patches=method.patches)) if method.patches else None  # a patch may stand in front of one document
     if packing and "packing" in config.model_fields_set:
         check_packing(model)
@@ -166,7 +216,9 @@ def make_data(
     if patched is not None:
         patched.detach()
     first, *later = (prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder) for rows in tasks)
-    return replace(first, later=tuple(later))
+    data = replace(first, later=tuple(later))
+    check_vocabulary(data, len(model.get_input_embeddings().weight), config.model)  # type: ignore[operator]
+    return data
 
 
 def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -174,6 +226,8 @@ def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedToke
     facts: dict[str, Any] = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype}
     facts["data_hash"] = [task.hash for task in data.tasks] if data.later else data.hash
     facts["max_length"] = config.max_length
+    if data.train.aim is not None:
+        facts["aim"] = data.train.aim.keys()
     return facts | {"train_data": config.model_dump(mode="json")["train_data"], "chat_template": tokenizer.chat_template}
 
 
@@ -186,10 +240,9 @@ def seed_everything(seed: int) -> None:
 def earlier(out: Path, config: TrainConfig, here: World) -> Result | None:
     """Look at `out` before anything is loaded: a finished run to be resumed is returned, another run's folder is refused."""
     record, mine = out / "run.json", config.identity()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to output_dir {out}: {error.strerror or error}") from None
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):  # made only when everything that the user typed has proved right
+        raise CheckpointError(f"cannot write to output_dir {out}: {there} is {'not writable' if there.is_dir() else 'a file'}")
     known = record.exists()
     here.wait()  # every process has looked before one of them writes
     if not known:
@@ -216,12 +269,13 @@ def same_start(out: Path, begun: Beginning | None) -> None:
         )
 
 
-def claim(out: Path, config: TrainConfig, here: World, begun: Beginning | None) -> None:
+def claim(out: Path, config: TrainConfig, here: World, parts: Parts) -> None:
     """Make `out` this run's folder, once everything that the user typed has proved right."""
     record = out / "run.json"
     if here.main and not record.exists():
         facts = {"config": config.identity(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts |= {} if begun is None else {"init_adapter": begun.facts()}
+        facts |= {} if parts.begun is None else {"init_adapter": parts.begun.facts()}
+        facts |= started(parts.config, parts.adapted, parts.data, parts.held)
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         partial.replace(record)
@@ -237,10 +291,13 @@ def read_result(out: Path) -> Result | None:
     return Result(out, *figures, saved["notes"], saved.get("tasks", []), saved.get("method", ""))
 
 
-def _finish(parts: Parts, run: Run, out: Path, final: dict[str, float], seconds: float) -> Result:
+def _finish(
+    parts: Parts, run: Run, out: Path, final: dict[str, float], seconds: float, report: Report | None, trackers: Trackers
+) -> Result:
     adapted = parts.adapted
     adapted.meta |= {"metrics": final, "steps": run.at.step}
     result = Result(out, run.at.step, final, run.table.numel(), round(seconds, 2), adapted.notes, run.at.borders, parts.config.method)
+    result = replace(result, notes=[*result.notes, *trackers.notes])
     if run.world.main:
         adapted.save(out / "adapter")
         rows = read_log(out / "metrics.jsonl")
@@ -248,6 +305,9 @@ def _finish(parts: Parts, run: Run, out: Path, final: dict[str, float], seconds:
             draw_curve(rows, out / "curve.png")
         except ImportError as error:
             result = replace(result, notes=[*result.notes, f"no curve drawn: {error}"])
+    result, outcome = conclude(run, parts.tokenizer, parts.held, result)
+    if report is not None:
         result.write()
+        report.write(outcome)
     run.world.wait()
     return result

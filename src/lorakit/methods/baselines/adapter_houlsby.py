@@ -13,6 +13,9 @@ step the first n layers are silent, n uniform on 0 … N. `lorakit.adapters.drop
 Defaults: r 64, gelu in the tanh form (official code); std 0.01 (the paper, from memory; the code has 0.001). The trained norms and
 AdapterDrop's uniform n are from memory, too.
 References: arXiv:1902.00751; AdapterDrop arXiv:2010.11918; the LoRA paper's Adapter^H, arXiv:2106.09685 section 5.1; survey 1.
+
+Use it when a baseline is asked for that is not low-rank: the classic modules in series, with a nonlinearity. They cannot be merged, so each
+token pays at inference; `drop_first` takes back a part of that.
 """
 
 from typing import Literal

@@ -8,6 +8,9 @@ Trained: 2 r d + r + d a layer; the model's norms stay as they are unless `train
 `scale`, `activation`, `norm`, `train_norms`, `init`, `std`, `drop_first` and `drop_random` (AdapterDrop): as in `adapter_houlsby`.
 Defaults: r 48 (a reduction by 16 of BERT's 768, as AdapterHub has it) and relu (AdapterHub's configuration).
 References: arXiv:2005.00247; AdapterDrop arXiv:2010.11918; survey 1.
+
+Use it when you compare with AdapterHub's default or want half of Houlsby's cost at inference: one module a layer. It cannot be merged
+either, and reaches the attention only through what comes after it.
 """
 
 from typing import Literal

@@ -9,6 +9,9 @@ Trained: d_out values a site, and the norms' biases. A bias of the keys does not
 Defaults: every linear layer and the norms (the paper's full BitFit). Its smaller form, the biases of the query and of the feed-forward's
 first layer (from memory), is `sites=["query", "intermediate.dense"]` in BERT's names. Official learning rate: 1e-3.
 References: arXiv:2106.10199; survey 1.
+
+Use it when you want the smallest honest baseline, or a change of register and format is all that is needed: there a few vectors go far (the
+quickstart's norms closed 68 % of the gap). New knowledge needs weights; on bases without biases merging is refused.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,9 @@ The LoRA paper's LoRA+PE (`form` "embedding", which beats LoRA alone on WikiSQL 
 Trained: A, B and the prefix. Never merged as a whole: the trained positions stay beside the weights.
 Defaults: those of `lora`, and of `prefix` but for the form, as the paper finds only PreEmbed to add to LoRA.
 References: arXiv:2106.09685, section 5.1 and appendix E; survey 1.
+
+Use it when you reproduce the LoRA paper's combinations, or a LoRA seems to lack an instruction that a few trained positions could carry.
+The result cannot be merged as a whole, which gives up LoRA's main comfort.
 """
 
 from typing import Literal

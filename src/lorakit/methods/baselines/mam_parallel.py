@@ -12,6 +12,9 @@ Trained: 2 r d + r + d a site, and the prefix. A ~ U(±1/√d), B = 0 (the paper
 `adapter_houlsby`.
 Defaults: s 4 and relu (official XSum run; AdapterHub). There r is 512 of a width of 1024, and 16 with s 2 on GLUE; r 64 here.
 References: arXiv:2110.04366, table 1 and section 4.6; survey 1.
+
+Use it when a baseline of modules should be as strong as modules get: beside the feed-forward, scaled, by its paper better than any in
+series at the same size. Like all modules it stays in the forward for good.
 """
 
 from lorakit.core.method import Method, get_method, method

@@ -13,6 +13,9 @@ Defaults: `tokens` 20, between the paper's 10 (table to text) and 200 (summariza
 embeddings) of random words of the vocabulary, the paper's advice for little data; "normal" is N(0, `std`²), std 0.02 our choice. `ratio`
 100 is ours, too: measured on the bundled base, where rates of 0.02 to 0.1 serve best.
 References: arXiv:2101.00190; the LoRA paper (arXiv:2106.09685) section 5.1; survey 1.
+
+Use it when weights may not be touched at all, or prompts of many users are to be batched over one base: trained keys and values in front of
+every layer. It takes context length at inference, cannot be merged, and with little data starts best from `words`.
 """
 
 from typing import Literal

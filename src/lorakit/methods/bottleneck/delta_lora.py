@@ -13,6 +13,9 @@ Trained: A and B, r (d_in + d_out) a site; stored besides: the snapshot, as many
 and ∂L/∂(B A) must agree. Weight decay on A and B moves W too.
 Defaults: λ 2, K 500 (the algorithm as others quote it); r, alpha as `lora`.
 References: arXiv:2309.02411; survey 3.1.3.
+
+Use it when the target moves during training, so that a correction of the snapshot helps. On a target that stands still it did not beat LoRA
+at the same rank (log), the claimed full rank does not follow from its equations, and it stores twice LoRA's numbers.
 """
 
 from collections.abc import Sequence

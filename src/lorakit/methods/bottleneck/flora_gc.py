@@ -16,6 +16,10 @@ Trained: every parameter that `unfreeze` names, by default all. Checkpoint: whol
 Defaults: r 256, κ 1000, Adafactor with a clip of 1, decay −0.8 and steps relative to the weight (`scale_parameter`), as in the official
 code; β₁ (`beta1`) 0.9, which its JAX version has and its torch version leaves unset; 0 is no momentum. `rule` "sgd" is the theory's.
 References: arXiv:2402.03293; survey 3.1.2.
+
+Use it when you want full fine-tuning and the optimizer's state or accumulated gradients are what does not fit: the momentum is a random
+projection. The checkpoint is whole weights, no adapter; it follows full tuning over many small steps, and loses to LoRA over a few large
+ones (log).
 """
 
 from dataclasses import dataclass

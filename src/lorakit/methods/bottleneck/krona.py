@@ -14,6 +14,9 @@ Left out of the paper: KronAᴮ, a bottleneck module beside the feed-forward blo
 a change of a weight.
 Defaults: shapes near the square root and scaling 1, our reading: the paper tunes both.
 References: arXiv:2212.10650; survey 2.1.
+
+Use it when the adapter must be tiny and still of full rank, as for many tenants; expect to search for its rate anew (some five times LoRA's
+in our tests). Exported as plain LoRA it is as large as the weight itself, so keep it in its own or PEFT's LoKr form.
 """
 
 import math

@@ -10,6 +10,9 @@ As plain LoRA it has rank n·r, with block-diagonal factors.
 Trained: A and B. Each mini starts as a LoRA of its own: Aᵢ ~ U(±√(n / d_in)), B = 0. All minis have one rank (the paper lets them differ).
 Defaults: r 8, n 2, alpha 16 (the official GLUE scripts, on q and v with dropout 0.05; the instruction-tuning script has r 1, n 8).
 References: arXiv:2402.17263; survey 3.1.1.
+
+Use it when rank is what you lack and parameters are what you count: n minis have n times LoRA's rank for the same number. Not when the
+update mixes features far apart: what lies off the diagonal blocks cannot be learned at all.
 """
 
 import math

@@ -16,6 +16,9 @@ classifier that is trained whole (`unfreeze`) is shared by the tasks and forgets
 Defaults: r 10, alpha 10 (so s = 1), lamb 0.95, lame 1.0 (CIFAR-100; ImageNet-R 0.98), no dropout, keys and values (`sites` kv) as in
 the official code, which sees all data; 64 batches are our choice.
 References: arXiv:2404.00228; survey 2.4.
+
+Use it when tasks come one after another and the earlier ones must keep their outputs, without their data. A task whose inputs look like an
+earlier one's learns nothing, on purpose; for a single task take `lora`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,6 +17,10 @@ elsewhere.
 Defaults: r 4, alpha 32, dropout 0.05, N 8, β 0 (official script); δ 0.1 (the paper has N 6, δ = β = 0.1: our reading, from memory). The
 script adapts the feed-forward alone, so `sites` is mlp.
 References: arXiv:2312.09979, section 4; code Ablustrund/LoRAMoE; survey 4.3.
+
+Use it when one adapter has to serve several kinds of samples that disturb each other, and rows say their kind (`balance` > 0), or you hope
+the router finds them. It is never merged, so every forward pays for all experts; the paper's constraint as printed rewards the wrong group
+(see `target`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -18,6 +18,9 @@ site.
 Unlike PEFT: a gate of exactly zero that is among the top k stays in; both softmaxes at once are refused.
 Defaults: PEFT's (depth 1, size 2048, gate_dropout 0.2, τ 1, v 0, c 1); 4 fresh experts are our choice.
 References: arXiv:2402.07148; code EricLBuehler/xlora; survey 4.2.
+
+Use it when you have finished adapters of several skills and texts that need them mixed token by token. Each token costs two passes and
+merging is impossible; for one fixed mixture `lorakit mix-search` is cheaper and yields a plain adapter.
 """
 
 import math

@@ -13,6 +13,9 @@ The adapter is plain LoRA: A and B, r (d_in + d_out) a site. The optimizer, its 
 Defaults: q and k, r 4, alpha 4, d 500 a layer, σ 1, population 20, spread 1 (official; budget 8000
 forwards, 16 examples a class). That the fireworks are the enhanced ones is our reading: no code of theirs is public.
 References: arXiv:2403.01754; survey 3.3.2.
+
+Use it when there is no gradient at all: a base that can only be run forward. Everywhere else gradient steps win at the same number of
+forwards by far (log); keep d small, the batch fixed, and CMA-ES rather than fireworks.
 """
 
 import math

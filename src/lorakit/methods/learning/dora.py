@@ -8,6 +8,10 @@ n comes from W Aᵀ and A Aᵀ, never from a dense W + s·BA, and is a constant 
 The paper says "column-wise" of a W stored d_in × d_out; these are rows here. Not exactly representable as plain LoRA.
 Defaults: as `lora`; the paper's README has r 32, alpha 64, and finds half of LoRA's rank enough.
 References: arXiv:2402.09353; survey 3.3.2.
+
+Use it when LoRA at the same rank falls short of full fine-tuning and merging before serving is fine: a trained norm for every output row
+costs d_out parameters. A step takes about 1.25 times LoRA's (1.19 uncompiled), and only its merged weights, not plain factors, represent it
+exactly.
 """
 
 from dataclasses import dataclass

@@ -14,6 +14,10 @@ Trained: A and B, r_l (d_in + d_out) a site. `rho` 1 keeps all ranks at r. `whit
 decomposition; above, that many randomized subspace iterations with twice as many test vectors as directions.
 Defaults: rho 2, whiten off, s unchanged (PEFT and the official code), niter 4 (PEFT), center off and 64 batches (our choice).
 References: arXiv:2410.07170; beyond the survey.
+
+Use it when the data are far from what the base saw and ranks should follow the inputs' variance; it is `lora` afterwards, at no cost a
+step. Not when what you teach is rare in the inputs: what A's start does not see is never learned, since both gradients vanish there (tests
+and log).
 """
 
 from collections.abc import Mapping, Sequence

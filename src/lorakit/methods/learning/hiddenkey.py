@@ -11,6 +11,9 @@ Trained: A and B, as in `lora`. Checkpoint: plain LoRA. Needs attention by sdpa 
 Defaults: `keys` and `hidden` 0.1, `kl` 1: our reading, the paper tunes all three for each task (rates from 0.01 to 0.2). That a key is
 dropped for one head, not for all, and that terms are weighted so, is our reading, too; no public reference implementation was found.
 References: arXiv:2403.00812; survey 3.3.3.
+
+Use it when a LoRA overfits small data and you can pay for two forwards a step (`kl=0`: one). With enough data dropout only slows it;
+attention by flash kernels, which cannot drop keys, is not available.
 """
 
 from collections.abc import Sequence

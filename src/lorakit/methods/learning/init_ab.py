@@ -6,6 +6,9 @@ At the first step Init[A] has ∂A = 0, ∂B ≠ 0, and Init[B] the reverse. The
 grows and is better on average; Init[B] is more stable, but B stays under-trained.
 Trained and shapes as in `lora`. Default: init A.
 References: arXiv:2406.08447; survey 3.3.1 (whose section 2.1 swaps the two).
+
+Use it when you study the start of LoRA itself, or when a run at a small rate diverges and `init=B`'s smaller rates are worth a try.
+Otherwise Init[A], which is `lora` up to the distribution, is better on average by the paper's own account.
 """
 
 from typing import Literal

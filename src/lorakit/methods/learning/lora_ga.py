@@ -15,6 +15,10 @@ the gradient and whose first step is not the best one. Needs 2r ≤ min(d_in, d_
 Defaults: ArB2r, γ 16, niter 4 and 64 batches (official code, whose batches are of 2 samples). Its `norm_clip` guards the rewritten W and
 has nothing to guard here.
 References: arXiv:2407.05000; beyond the survey.
+
+Use it when the first steps count and a few batches of the real training data are at hand before them: it starts along the gradient of the
+full weights. Memory peaks there, since whole gradients are needed, one layer at a time; on a base that cannot afford that take `pissa` or
+`eva`.
 """
 
 from collections.abc import Mapping, Sequence

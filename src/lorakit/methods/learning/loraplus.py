@@ -8,6 +8,9 @@ Only B gets the ratio: other vectors (a DoRA magnitude, an unfrozen head) stay a
 Trained, shapes, init and checkpoint as in `lora`. Defaults: ratio 16 (from memory of the paper; the official README's example has 20),
 embedding_lr 1e-6 (official code).
 References: arXiv:2402.12354; survey 3.3.2.
+
+Use it when the model is wide and LoRA learns slowly at the largest stable rate: B learns `ratio` times faster at no cost. The run's rate is
+A's, so choose it anew, lower than LoRA's; on a narrow model the gain is small.
 """
 
 from lorakit.core.errors import BadParameter

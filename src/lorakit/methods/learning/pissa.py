@@ -11,6 +11,10 @@ Trained: A and B, r (d_in + d_out) a site. `niter` 0 is the exact SVD in fp32; a
 paper: 4 to 16).
 Defaults: alpha = r, so s = 1 (section 5: r = alpha = 128).
 References: arXiv:2404.02948; survey 3.3.1.
+
+Use it when a short run has to go far: it starts at the principal part of W, which gets large gradients from the first step. It costs an SVD
+of every weight at the start, a product of width 2r in forward and 1.5 times LoRA's bytes of gradients here; its plain form on disk has rank
+2r.
 """
 
 from dataclasses import dataclass

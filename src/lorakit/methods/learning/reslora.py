@@ -13,6 +13,9 @@ The first layer has no predecessor and is plain LoRA (the official code doubles 
 set ("bi") or of the weights' norms ("bw"), and is labeled so.
 Defaults: `variant` ms, r 4, alpha 16, `pre` 4 (official; -1 means all). In decoding with a cache a predecessor's input is the same token's.
 References: arXiv:2402.18039; survey 3.3.2.
+
+Use it when a deep model trains slowly with LoRA and you may spend on longer paths for the gradient; choose `variant` bs if the result must
+merge exactly. `is` and `ms` cannot be merged but by an approximation that is labeled so, and serving them needs this library.
 """
 
 import re

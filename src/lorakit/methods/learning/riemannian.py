@@ -14,6 +14,9 @@ Trained, shapes, init and checkpoint as in `lora`.
 Defaults: AdamW; reg 1e-6 (official code; PEFT's `create_riemannian_optimizer` has 1e-2). With SGD take a larger reg: at step 1 B is tiny
 and its inverse as large as 1/reg.
 References: arXiv:2402.02347; survey 3.3.2.
+
+Use it when you train with plain SGD, or the pair is badly conditioned: there the preconditioner makes slow directions as fast as others.
+With AdamW we saw no gain: over 30 steps on the built-in chat task its held-out loss was above LoRA's at every rate tried (log).
 """
 
 from typing import Literal

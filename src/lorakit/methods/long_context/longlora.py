@@ -13,6 +13,9 @@ set.
 Defaults: r 8, alpha 16, `group` 0 = a quarter (official code); `context` 0, the base's own. Learning rate 2e-5, constant after 20 warm-up
 steps.
 References: arXiv:2309.12307; survey 2.4.
+
+Use it when the texts are longer than the base was trained on and attention in full does not fit while training. For texts within the base's
+length it only adds trained embeddings and norms, and makes training attend to less than the model will see later.
 """
 
 from lorakit.core.method import Method, get_method, method

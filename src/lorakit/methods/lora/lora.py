@@ -8,6 +8,10 @@ B is E × d_out × r.
 Defaults: r 8, alpha 16, no dropout (RoBERTa, section D.1 and the official GLUE scripts). The paper adapts Wq and Wv (`sites="qv"`);
 adapting every linear layer is today's practice and the default here.
 References: arXiv:2106.09685; survey 2.1.
+
+Use it when you have no reason for another: it is the cheapest step of those that adapt a weight, merges exactly, and every tool reads it.
+At larger ranks take `rslora`; where quality at the same size matters more than 25 % of the step's time try `dora`, and compare both at
+their own best rates.
 """
 
 from lorakit.core.lowrank import LowRankSpec

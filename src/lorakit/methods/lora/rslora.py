@@ -5,6 +5,9 @@
 LoRA with another scale: with alpha / r the update's size falls as 1/√r when r grows; with alpha / √r it stays of order one.
 Trained, shapes and init as in `lora`. Defaults: those of `lora`.
 References: arXiv:2312.03732, theorem 3.2; beyond the survey.
+
+Use it when r is large (64 and more) or when you compare ranks: the update keeps its size as r grows, so one learning rate serves all. At r
+8 it is `lora` with alpha 2.8 times as large and nothing else; lower the rate when you switch to it.
 """
 
 from lorakit.core.lowrank import LowRankSpec

@@ -20,6 +20,9 @@ Trained: at zero B, r d_out values a site; at the others dA and dB, r (d_in + d_
 others are plain LoRA of rank 2r.
 Defaults: r 16, alpha 32, dropout 0.1, q and v, seed 42, start zero (official code, flan-t5-base). random and principal are ours.
 References: arXiv:2310.04742; survey 4.2.
+
+Use it when adapters of several tasks will be added up later: their sums have no cross terms and no growing rank. For a single task it is a
+weaker LoRA, as nothing but a linearization is trained; all tasks must share `start` and `start_seed`.
 """
 
 import math

@@ -12,6 +12,9 @@ Trained: A and B, r (d_in + d_out) a site; stored besides: n_kfac (d_in + d_out)
 export keep the mean and drop the posterior.
 Defaults: r 8, alpha 16, n_kfac 10 (reference code).
 References: arXiv:2308.13111; survey 3.4.
+
+Use it when confidence matters: classification, abstaining, small data. The mean prediction stays LoRA's; the price is one more pass over
+the data and sampled predictions (`lorakit eval --posterior`), and the posterior is lost in merging and export.
 """
 
 from lorakit.core.method import Method, method

@@ -15,6 +15,10 @@ Trained: A, B: r (d_in + d_out) a site. In pre-training all that is not adapted 
 Defaults: r 128, alpha 32, dropout 0.1, period 1000, warm-up 100, prune 0.8 (the official 1B configuration; its policy there is
 "magnitude"); the official 250M run: period 5000, "reset".
 References: arXiv:2307.05695; survey 2.4, 3.1.1.
+
+Use it when one low-rank update is not enough over a long run: in pre-training or continued pre-training, with many thousands of steps
+between a few restarts. Not for ordinary fine-tuning: a run of hundreds of steps gets a large adapter (all legs are kept) and jagged
+learning rates for nothing.
 """
 
 from lorakit.core.lowrank import LowRankSpec

@@ -16,6 +16,10 @@ clipping.
 Defaults: r 12, target_r 8, β 0.85, orth 0.5, t_i = t_f = 0, delta_t 1 (PEFT); the paper has r = 1.5 target_r, orth 0.1, alpha 16 or 32, and
 t_i, t_f of several thousand steps.
 References: arXiv:2303.10512; survey 3.2.1.
+
+Use it when sites differ in how much rank they need and the run is long enough for a schedule (thousands of steps, `tinit` and `tfinal` set)
+on a fixed budget. Not for short runs: importance is an average over steps, and a budget that falls from the first step prunes noise. It
+trains r components from the first step, so training itself gets no cheaper: what is saved is in the finished adapter.
 """
 
 from dataclasses import dataclass

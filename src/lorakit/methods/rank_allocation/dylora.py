@@ -14,6 +14,10 @@ all be the best of their rank: for ΔW* = diag(σ₁, …) component 1 would hav
 Trained: A and B, r (d_in + d_out) a site; shapes, init and export as in `lora`.
 Defaults: r 8, r_min 1, alpha 16, uniform, not frozen; all of them, and p 0.15, from memory.
 References: arXiv:2210.07558; survey 3.2.3, whose "only the b-th row" is the frozen form.
+
+Use it when one training run must serve devices of different size: any cut of the adapter is a usable adapter. Not when you know the rank: a
+`lora` of that rank trains all of it in every step, and under the paper's scale alpha / b no single pair has every cut the best of its rank
+(`scale` "r" does, the log says).
 """
 
 from collections.abc import Sequence

@@ -15,6 +15,10 @@ Trained: A, B, g: (init_r + add) (d_in + d_out + 1) a site at the start. A, B ~ 
 Defaults: init_r 1, target_r 8, add 4, top_h 2, β 0.85, orth 0.1, alpha 16 (official; there interval and warmup 1000, dropout 0.2 for MNLI);
 interval 0 and ramp 10 are ours.
 References: arXiv:2308.12043; survey 3.2.1.
+
+Use it when the budget should grow instead of shrink: training starts at a few components a site and spends rank where the loss asks for it,
+within a fixed total. Not when the finished adapter is to be trained further: its reserves are gone at the end, and going on from it is
+refused.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,10 @@ Trained: A, B, g: r (d_in + d_out + 1) a site. A as in `lora`, B = 0, g ~ N(0, 1
 gates dropped and the others folded into A.
 Defaults: r 8, alpha 16, xi 3e-4, one stage (official code; its schedule script has 7 values up to 7e-4).
 References: arXiv:2311.11696; survey 3.2.2.
+
+Use it when the rank should come out of training and sparsity is welcome: gates that the loss does not hold up become exactly zero and their
+rows are not exported. It needs a run long enough for ξ times the steps to outweigh a useful gate's pull; in a short one hardly anything is
+pruned.
 """
 
 from dataclasses import dataclass

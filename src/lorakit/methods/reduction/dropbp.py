@@ -15,6 +15,9 @@ Trained: LoRA's A and B. Checkpoint: plain LoRA. Other methods have it by name: 
 Time is what it saves: the first step and the measure keep all activations, so that the peak of memory is LoRA's. A compiled model has one
 graph for each set that it meets: leave compilation off.
 Defaults: `p_target` 0.5 (official code); `length` 512 ours. References: arXiv:2402.17812; survey 5.1.1.
+
+Use it when time is short and the model deep: half of the backward's sublayers are skipped, the forward stays exact. Memory's peak stays
+LoRA's, compilation is off the table, and what a skipped sublayer would have learned takes more steps.
 """
 
 import heapq

@@ -10,6 +10,9 @@ x's size and spoils the saving: it is 0 and not offered. At an embedding A ~ N(0
 learn.
 Trained: B, r d_out parameters a site. Checkpoint: a plain LoRA pair.
 References: arXiv:2308.03303; survey 5.1.1. Version 1's equations are stated from memory.
+
+Use it when activations, not parameters, fill the memory: A's inputs are not kept, and a step keeps what the frozen model keeps. What it can
+learn lies in the row space of a random A, so give it a larger r than LoRA; dropout would undo the saving.
 """
 
 from dataclasses import dataclass

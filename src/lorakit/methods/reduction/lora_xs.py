@@ -12,6 +12,9 @@ R means nothing without its A and B: all three are saved. As plain LoRA: A, and 
 Trained: R, r_out · r values a site. R ~ N(0, `std`²), so ΔW is almost zero at the start; std 0 makes it zero, and R learns all the same.
 Defaults: std 1e-5 and alpha = r, so s = 1 (the official scripts, which have r from 4 to 64).
 References: arXiv:2405.17604; survey 5.1.1. That the paper puts Σ on B is from memory.
+
+Use it when the number of values for each adapter must be tiny and not depend on the model's width: r² a site, for thousands of tenants. It
+learns inside W's principal directions alone, and wants rates of some ten times LoRA's.
 """
 
 from collections.abc import Sequence

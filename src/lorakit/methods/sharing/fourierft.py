@@ -14,6 +14,9 @@ output, and full gradients, as ΔW is linear in c. Dropout is not defined for it
 Defaults: PEFT's (n_frequency 1000, scaling 150, entry_seed 777, init normal). The paper's scripts: scaling 110 for RoBERTa, 300 for LLaMA,
 with learning rates of 0.05 to 0.09.
 References: arXiv:2405.03003; survey 5.1.3.
+
+Use it when you want the fewest values for whole weights and merge before serving: a site has `n_frequency` of them, whatever its shape.
+Each step forms ΔW densely; on small models the usual start harms (take `init=zero`), and the rate must be some fifty times LoRA's (log).
 """
 
 import functools

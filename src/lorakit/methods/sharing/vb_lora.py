@@ -14,6 +14,9 @@ sum to one. `lorakit convert --compact` makes it. It can be merged and exported 
 Defaults: r 4, topk 2, num_vectors 90, vector_length 256, rates of 1e-3 and 1e-2 (the official RoBERTa scripts, whose heads have rates of
 2e-3 to 2e-2; Llama 2 7B has 2048 vectors), bank_bound 0.02, logits_std 0.1 (PEFT). The scripts decay weights by 0.1, logits included.
 References: arXiv:2405.15179; survey 5.1.3.
+
+Use it when disk per adapter counts for everything and a bank of vectors can be shared: `--compact` leaves indices and weights alone.
+Training holds logits for the whole bank, and it moved only at ten times the official scripts' rates on our base (log).
 """
 
 import math

@@ -9,6 +9,7 @@ generalized Gauss-Newton matrix's K-FAC, else one y a target, drawn.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class Laplace:
     variance: float
     batches: int
     requires: frozenset[str] = frozenset({"factors"})
+    likelihood: ClassVar[bool] = True
+    """It needs a loss that is one of predicted tokens or classes."""
 
     def __post_init__(self) -> None:
         if self.variance < 0 or self.batches < 0:

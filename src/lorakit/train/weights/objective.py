@@ -52,6 +52,8 @@ def few_shots(
     examples = Rows(list(rows), list(rows), tuple(labels))
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     sides = prepare(examples, make_config({"max_length": max_length}), tokenizer, packing=False, encoder_decoder=encoder_decoder)
+    if sides.train.aim is not None:
+        raise DataError("weights are found on texts, answers or classes; these rows are preferences: give prompt and completion")
     return FewShots(sides.train, batch_size)
 
 

@@ -1,0 +1,189 @@
+"""Preferences and feedback as tokens: one prompt, loss on the answers alone, ends cut and counted, a mismatched answer for each."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.core.errors import DataError
+from lorakit.data import preference
+from lorakit.data.encoded import IGNORED, Encoded
+from lorakit.data.preference import (
+    Encoder,
+    collate_feedback,
+    collate_preferences,
+    rows_of,
+    tokenize_feedback,
+    tokenize_preferences,
+)
+from lorakit.data.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def trained(sample: Encoded) -> str:
+    return TOKENIZER.decode([label for label in sample.labels if label != IGNORED])
+
+
+def say(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+CHAT = {
+    "prompt": say(("user", "one?"), ("assistant", "said before"), ("user", "two?")),
+    "chosen": say(("assistant", "good")),
+    "rejected": say(("assistant", "bad one")),
+}
+
+
+def test_strings_are_tokenized_apart_and_only_answers_are_learned() -> None:
+    (pair,) = tokenize_preferences(TOKENIZER, [{"prompt": "ask ", "chosen": "yes", "rejected": "not"}], max_length=64).samples
+    assert pair.chosen.input_ids == [*ids("ask "), *ids("yes"), EOS]
+    assert pair.chosen.labels == [IGNORED] * len(ids("ask ")) + [*ids("yes"), EOS]
+    assert trained(pair.rejected) == "not<eos>"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_of_a_conversation_only_the_answer_is_learned(marked: bool) -> None:
+    template = TOKENIZER.chat_template
+    for word in () if marked else ("{% generation %}", "{% endgeneration %}"):
+        template = template.replace(word, "")
+    (pair,) = tokenize_preferences(tiny_tokenizer(chat_template=template), [CHAT], max_length=100).samples
+    assert trained(pair.chosen) == "good<eos>"
+    assert trained(pair.rejected) == "bad one<eos>"
+    at = pair.chosen.labels.index(ids("good")[0])
+    assert pair.chosen.input_ids[:at] == pair.rejected.input_ids[:at]
+    assert "said before" in TOKENIZER.decode(pair.chosen.input_ids[:at])
+
+
+def test_two_answers_after_other_prompts_are_refused() -> None:
+    odd = CHAT | {"rejected": say(("system", "quite another turn"), ("assistant", "bad one"))}
+    with pytest.raises(DataError, match="row 2: the prompt's tokens differ"):
+        tokenize_preferences(TOKENIZER, [CHAT, odd], max_length=100)
+    done = tokenize_preferences(TOKENIZER, [CHAT, odd], max_length=100, skip_bad=True)
+    assert (len(done.samples), done.bad, done.dropped) == (1, 1, 0)
+    assert "row 2" in done.notes[0]
+
+
+def test_an_answer_needs_the_assistant() -> None:
+    with pytest.raises(DataError, match="no assistant message"):
+        tokenize_preferences(TOKENIZER, [CHAT | {"chosen": say(("user", "what"))}], max_length=100)
+
+
+def test_ends_are_cut_and_pairs_without_a_side_dropped() -> None:
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a" * 6, "chosen": "b" * 9, "rejected": "c"},
+        {"prompt": "a" * 30, "chosen": "b", "rejected": "c"},
+    ]
+    done = tokenize_preferences(TOKENIZER, rows, max_length=10)
+    assert (len(done.samples), done.truncated, done.dropped, done.rows) == (2, 1, 1, 3)
+    assert all(len(side.input_ids) <= 10 for pair in done.samples for side in (pair.chosen, pair.rejected))
+    assert done.samples[1].chosen.input_ids == (ids("a" * 6) + ids("b" * 9))[:10]
+    with pytest.raises(DataError, match="none of the 1 rows"):
+        tokenize_preferences(TOKENIZER, rows[2:], max_length=10)
+
+
+def test_rows_of_another_shape_are_refused() -> None:
+    with pytest.raises(DataError, match="these rows are pair data; expected preference rows"):
+        tokenize_preferences(TOKENIZER, [{"prompt": "a", "completion": "b"}], max_length=10)
+    with pytest.raises(DataError, match="expected feedback rows"):
+        tokenize_feedback(TOKENIZER, [CHAT], max_length=10)
+
+
+def rated(*prompts: str) -> list[dict[str, Any]]:
+    return [{"prompt": p, "completion": "xyzuvw"[i], "label": i % 2 == 0} for i, p in enumerate(prompts)]
+
+
+def mismatched(*prompts: str) -> list[str]:
+    return [TOKENIZER.decode(one.mismatched.input_ids[:-1]) for one in tokenize_feedback(TOKENIZER, rated(*prompts), max_length=32).samples]
+
+
+def test_the_mismatched_answer_is_another_prompts() -> None:
+    check_mismatched()
+
+
+def check_mismatched() -> None:
+    assert mismatched("a", "b", "c") == ["ay", "bz", "cx"]
+    assert mismatched("a", "a", "b", "b", "a") == ["az", "az", "bv", "bv", "az"]
+    assert mismatched("b", "a", "b", "b") == ["by", "az", "by", "by"]
+    assert mismatched("a", "a", "a") == ["ay", "az", "ax"]
+
+
+def test_feedback_keeps_its_labels_and_learns_answers_alone() -> None:
+    done = tokenize_feedback(TOKENIZER, rated("aaa", "b"), max_length=32)
+    assert [one.desirable for one in done.samples] == [True, False]
+    assert [trained(one.answer) for one in done.samples] == ["x<eos>", "y<eos>"]
+    assert trained(done.samples[0].mismatched) == "y<eos>"
+    conversations = [{"prompt": CHAT["prompt"], "completion": CHAT["chosen"], "label": True}]
+    conversations.append({"prompt": say(("user", "other?")), "completion": CHAT["rejected"], "label": False})
+    one, two = tokenize_feedback(TOKENIZER, conversations, max_length=100).samples
+    assert trained(one.mismatched) == trained(two.answer) == "bad one<eos>"
+    assert "two?" in TOKENIZER.decode(one.mismatched.input_ids)
+
+
+def test_batches_hold_both_halves_in_order() -> None:
+    rows = [{"prompt": "ask", "chosen": "b" * (1 + i), "rejected": "c" * (5 - i), "kind": i} for i in range(3)]
+    batch = collate_preferences(tokenize_preferences(TOKENIZER, rows, max_length=64).samples, 0)
+    assert batch["input_ids"].shape[0] == 6
+    firsts = [row[row != IGNORED][0].item() for row in batch["labels"]]
+    assert firsts == ids("b") * 3 + ids("c") * 3
+    assert batch["kinds"][:, 0].tolist() == [0, 1, 2, 0, 1, 2]
+    batch = collate_feedback(tokenize_feedback(TOKENIZER, rated("aaa", "bbbbbb"), max_length=64).samples, 0)
+    assert batch["desirable"].tolist() == [True, False]
+
+
+def test_some_rows_of_a_batch_are_what_they_are_alone() -> None:
+    for encoder_decoder in (False, True):
+        rows = [{"prompt": "a" * n, "completion": "b" * m, "label": True} for n, m in ((3, 5), (9, 2), (2, 9), (12, 1))]
+        done = tokenize_feedback(TOKENIZER, rows, max_length=64, encoder_decoder=encoder_decoder).samples
+        whole = collate_feedback(done, 0)
+        for where in (slice(0, 2), slice(4, 6), slice(0, 4)):
+            part = rows_of(whole, where)
+            samples = [*(one.answer for one in done), *(one.mismatched for one in done)][where]
+            alone = collate_preferences([preference.Preferred(s, s) for s in samples], 0)
+            for key, value in part.items():
+                assert torch.equal(value, alone[key][: len(samples)]), (key, where, encoder_decoder)
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
+    (pair,) = tokenize_preferences(
+        TOKENIZER, [{"prompt": "ask", "chosen": "yes", "rejected": "no"}], max_length=16, encoder_decoder=True
+    ).samples
+    assert pair.chosen.input_ids == pair.rejected.input_ids == ids("ask")
+    assert pair.rejected.labels == [*ids("no"), EOS]
+    with pytest.raises(DataError, match="no conversations"):
+        tokenize_preferences(TOKENIZER, [CHAT], max_length=16, encoder_decoder=True)
+
+
+def _answers_of_the_same_prompt(m: pytest.MonkeyPatch) -> None:
+    m.setattr(preference, "_partners", lambda prompts: [(i + 1) % len(prompts) for i in range(len(prompts))])
+
+
+def _prompts_are_learned(m: pytest.MonkeyPatch) -> None:
+    real = preference.encode_chat
+    plain = lambda tokenizer, messages, **more: real(tokenizer, [{**x, "train": x["role"] == "assistant"} for x in messages], **more)  # noqa: E731
+    m.setattr(preference, "encode_chat", plain)
+
+
+def _nothing_is_cut(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Encoder, "cut", lambda self, sample: sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (_answers_of_the_same_prompt, check_mismatched),
+        (_prompts_are_learned, lambda: test_of_a_conversation_only_the_answer_is_learned(True)),
+        (_nothing_is_cut, test_ends_are_cut_and_pairs_without_a_side_dropped),
+    ],
+)
+def test_mutants_are_seen(change: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch)
+    with pytest.raises((AssertionError, DataError)):
+        check()
