@@ -288,7 +288,7 @@ def read_result(out: Path) -> Result | None:
         return None
     saved = json.loads(file.read_text(encoding="utf-8"))
     figures = saved["steps"], saved["final"], saved["trainable_params"], saved["seconds"]
-    return Result(out, *figures, saved["notes"], saved.get("tasks", []), saved.get("method", ""))
+    return Result(out, *figures, saved["notes"], saved.get("tasks", []), saved.get("method", ""), saved.get("base", {}))
 
 
 def _finish(
