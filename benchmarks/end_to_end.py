@@ -43,7 +43,7 @@ from benchmarks import harness
 from benchmarks.harness import ROOT, Paired, Row, Target
 from lorakit.data.builtin import load_name
 from lorakit.data.encoded import IGNORED
-from lorakit.data.jsonl import read_jsonl
+from lorakit.data.source import load_rows
 from lorakit.data.pack import pack
 from lorakit.data.pad import pad
 from lorakit.data.tokenize import tokenize_rows, trained_bytes
@@ -175,7 +175,12 @@ class Job:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The training chats."""
-        return read_jsonl(Path(self.plan.folder) / "train.jsonl")
+        return whole(Path(self.plan.folder) / "train.jsonl")
+
+
+def whole(path: Path) -> list[dict[str, Any]]:
+    """Every row of a file."""
+    return list(load_rows(path, "train", valid=path))
 
 
 def lorakit(job: Job, watch: Watch) -> str:
@@ -287,7 +292,7 @@ def final_loss(plan: Plan, adapter: str | None) -> float:
 
     opened = open_base(plan.model) if adapter is None else open_adapter(adapter, model=plan.model, dtype="float32")
     tokenizer = opened.tokenizer
-    samples = tokenize_rows(tokenizer, read_jsonl(Path(plan.folder) / "valid.jsonl"), max_length=512).samples
+    samples = tokenize_rows(tokenizer, whole(Path(plan.folder) / "valid.jsonl"), max_length=512).samples
     pad_id, n_bytes = int(tokenizer.pad_token_id or 0), trained_bytes(tokenizer, samples, shifted=True)
     side = Side(list(samples), lambda items: pad(items, pad_id), n_bytes, "")
     return evaluate(opened.model.to(plan.device), side, batch_size=16)["loss"]
@@ -313,7 +318,7 @@ def prepared(folder: Path, args: argparse.Namespace) -> Plan:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     model = str(bundled_base()) if args.hidden is None else larger(folder / "model", args.hidden, args.layers)
-    samples = tokenize_rows(load_tokenizer(model), read_jsonl(folder / "train.jsonl"), max_length=512).samples
+    samples = tokenize_rows(load_tokenizer(model), whole(folder / "train.jsonl"), max_length=512).samples
     windows = len(pack(samples, 512))
     steps = args.max_steps or math.ceil(args.epochs * windows / args.windows)
     judged = args.hidden is None

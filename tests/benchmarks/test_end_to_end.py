@@ -95,14 +95,13 @@ def test_every_stack_has_its_defaults_and_the_reference_is_one():
 def test_all_stacks_train_on_the_same_tokens_and_end_near_each_other(tmp_path: Path):
     """A few steps of ours, packed and padded, of PEFT + Trainer, and of TRL, which masks by itself; the untrained base is far off."""
     from lorakit.data.builtin import load_name
-    from lorakit.data.jsonl import read_jsonl
     from lorakit.data.tokenize import tokenize_rows
     from lorakit.train.source_model import bundled_base, load_tokenizer
 
     for split in ("train", "valid"):
         rows = load_name("builtin:tkinter/chat", split)[:48]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    samples = tokenize_rows(load_tokenizer("bundled"), read_jsonl(tmp_path / "train.jsonl"), max_length=512).samples
+    samples = tokenize_rows(load_tokenizer("bundled"), [json.loads(line) for line in (tmp_path / "train.jsonl").read_text("utf-8").splitlines()], max_length=512).samples
     plan = replace(
         PLAN,
         folder=str(tmp_path),

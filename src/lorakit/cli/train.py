@@ -100,7 +100,7 @@ def print_keys() -> None:
     table = Table("key", "default", "meaning", box=None)
     for name in FIELDS:
         info = TrainConfig.model_fields[name]
-        table.add_row(name, str(info.default), info.description or "")
+        table.add_row(name, str(info.get_default(call_default_factory=True)), info.description or "")
     table.add_row("preset", "None", PRESET)
     for method in list_methods():
         table.add_section()

@@ -134,7 +134,7 @@ class _Template:
                 conversations=[list(messages)], chat_template=self.text, return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt, **self.names,
             )  # fmt: skip
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(f"the chat template refuses a conversation with the roles {roles or '(none)'}: {error}") from None
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
@@ -163,7 +163,10 @@ class _Template:
             through = self.render(messages[: i + 1]) if i + 1 < len(messages) else text
             if not (through.startswith(before) and text.startswith(through)):
                 raise DataError(_rewrites(i, before, through, text))
-            spans.append((len(before), len(before) + len(self._turn(through[len(before) :]))))
+            said = self._turn(through[len(before) :])
+            if not said and messages[i]["content"]:
+                raise DataError(f"the chat template leaves out message {i + 1}, which is to be learned; pass another chat_template")
+            spans.append((len(before), len(before) + len(said)))
         return text, spans
 
     def _turn(self, said: str) -> str:

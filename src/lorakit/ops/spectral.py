@@ -69,7 +69,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dy @ (wave(c, at, *ctx.shape) * ctx.s).to(dy.dtype) if ctx.needs_input_grad[0] else None
     rows = dy.reshape(-1, dy.shape[-1])  # [tokens, d_out]
     if x.is_floating_point():
-        G = rows.T @ x.reshape(-1, x.shape[-1])
+        G = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype)  # under autocast they differ
     else:
         G = rows.new_zeros(ctx.shape[::-1]).index_add(0, x.flatten(), rows).T
     return dx, read(G.to(c.dtype), at) * ctx.s, None, None, None, None

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -20,6 +20,8 @@ from lorakit.train.config_file import check_finite, read_mapping
 from lorakit.train.dialects.rule import plain
 
 BUNDLED = "bundled"
+Weight = Annotated[float, Field(gt=0)]
+"""How much of a source, see mix_strategy."""
 
 
 class TrainConfig(pydantic.BaseModel):
@@ -32,7 +34,7 @@ class TrainConfig(pydantic.BaseModel):
     init_adapter: str | None = Field(
         None, description="a saved adapter (lorakit's or PEFT's folder) to start from; method and its parameters are then the adapter's own"
     )
-    train_data: str | tuple[str, ...] | dict[str, float] = Field(
+    train_data: str | tuple[str, ...] | dict[str, Weight] = Field(
         "",
         description="a file (JSONL, JSON, CSV, Parquet, Arrow, text), folder, builtin:<task>/<kind>, or hf:<name>; "
         "a list: tasks in sequence; {source: weight}: several in one",
@@ -188,7 +190,6 @@ def resolve_config(file: Mapping[str, Any], flags: Mapping[str, Any]) -> Resolve
 
 
 def _checked(values: dict[str, Any]) -> TrainConfig:
-    check_finite(values)
     entry = describe(values.get("method", "lora"))
     own = {k: v for k, v in values.items() if k in FIELDS}
     method_args = values.get("method_args", {})

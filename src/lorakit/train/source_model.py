@@ -1,5 +1,6 @@
 """The model and tokenizer of a run: a local folder, a Hub name, or the bundled base."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def resolve(name: str) -> str:
         return str(bundled_base())
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # which Path.exists does not say of a name that is too long
         return str(path)
     if looks_local:
         raise BadParameter(f"no model folder at {name}; give a folder with config.json, a Hub name, or 'bundled'")

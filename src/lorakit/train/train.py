@@ -82,7 +82,7 @@ def train(config: TrainConfig, *, quiet: bool = False, notes: Sequence[str] = ()
     if found is not None:
         return found
     state = read_state(checkpoints(out)[-1]) if config.resume and checkpoints(out) else None
-    parts = build(config, here, state)
+    parts = build(config, here, state, quiet=quiet)
     for note in parts.held.notes if here.main and not quiet else ():
         print(f"data: {note}", file=sys.stderr, flush=True)
     if parts.choice and here.main and not quiet:
@@ -125,8 +125,8 @@ def watch(config: TrainConfig, parts: Parts, run: Run, out: Path, notes: Sequenc
     return report
 
 
-def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = None) -> Parts:
-    """Load data, model and tokenizer, and attach the method. `state`: of the run to be resumed."""
+def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Parts:
+    """Load data, model and tokenizer, and attach the method. `state`: of the run to be resumed. `quiet`: show no progress."""
     seed_everything(config.seed)
     tasks = read_tasks(config)
     rows = tasks[0]
@@ -141,7 +141,7 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
     if (spec := NF4Spec() if config.quantize == "nf4" else method.base) is not None:
         quantize(model, spec)  # before attach, which would keep the original weights, and before they need room on the device
     model = model.to(here.device)
-    data = make_data(tasks, config, tokenizer, model, method)
+    data = make_data(tasks, config, tokenizer, model, method, quiet=quiet or not here.main)
     if (aim := data.train.aim) is not None:
         aim.check(method)
     adapted = begin(model, method, data, config, here, None if state is None else state["adapter"], begun)
@@ -203,7 +203,13 @@ def with_head(config: TrainConfig, model: nn.Module, task: str, begun: Beginning
 
 
 def make_data(
-    tasks: Sequence[Rows], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module, method: Method
+    tasks: Sequence[Rows],
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    method: Method,
+    *,
+    quiet: bool = False,
 ) -> TrainData:
     """Tokenized items. Packing that the user asked for must be exact; where it cannot be and was not asked for, samples are padded."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -215,7 +221,7 @@ def make_data(
         packing = why_not_packable(model) is None
     if patched is not None:
         patched.detach()
-    first, *later = (prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder) for rows in tasks)
+    first, *later = (prepare(rows, config, tokenizer, packing=packing, encoder_decoder=encoder_decoder, quiet=quiet) for rows in tasks)
     data = replace(first, later=tuple(later))
     check_vocabulary(data, len(model.get_input_embeddings().weight), config.model)  # type: ignore[operator]
     return data

@@ -1,0 +1,13 @@
+"""Flags are read as a configuration file's values are."""
+
+import pytest
+
+from lorakit.cli.flags import parse_flags
+from lorakit.core.errors import BadParameter
+
+
+def test_values_are_those_of_a_file() -> None:
+    words = ["r=8", "--alpha", "1e-4", "--sites", "[q, v]", "--run-at", "2024-01-01", "--no-packing"]
+    assert parse_flags(words) == {"alpha": 1e-4, "sites": ["q", "v"], "run_at": "2024-01-01", "packing": False, "r": 8}
+    with pytest.raises(BadParameter, match="--sites .* cannot be read"):
+        parse_flags(["--sites", "[q"])
