@@ -4,7 +4,7 @@
 # make bench   every benchmark beside its peers, best on a quiet machine; results under benchmarks/results    make bench-smoke   in a tiny size
 # make clean   remove what was made; the environment stays (rm -rf .venv removes it)
 #
-# PROCESSES=8                                             fast tests at a time (2)
+# PROCESSES=8                                             tests at a time (2)
 # PYTHON=python3.12                                       another interpreter (3.11 or newer)
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu        another source of torch, for example without CUDA's gigabytes
 
@@ -29,7 +29,7 @@ test: $(VENV)/.installed-test
 	$(PYTEST) --numprocesses $(PROCESSES) -m "not slow"
 
 slow: $(VENV)/.installed-test
-	$(PYTEST) -m slow
+	$(PYTEST) --numprocesses $(PROCESSES) -m slow
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

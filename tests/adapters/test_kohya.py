@@ -124,11 +124,35 @@ def test_a_name_that_is_none(tmp_path: Path, name: str) -> None:
         read_modules(tmp_path / "f.safetensors")
 
 
-def test_small_tensors_that_would_make_a_huge_matrix(tmp_path: Path) -> None:
-    tensors = {"lokr_w1": torch.ones(40000, 1), "lokr_w2": torch.ones(40000, 1), "alpha": torch.tensor(1.0)}
+@pytest.mark.parametrize(
+    ("shapes", "values"),
+    [
+        ({"lokr_w1": (40, 1), "lokr_w2": (40, 1)}, 1600),  # as wide as the matrix itself
+        ({"lokr_w1": (8, 8), "lokr_w2_a": (40, 1), "lokr_w2_b": (1, 40)}, 8 * 640),
+        ({"hada_w1_a": (40, 9), "hada_w1_b": (9, 40), "hada_w2_a": (40, 9), "hada_w2_b": (9, 40)}, 1600),
+        ({"hada_w1_a": (40, 4), "hada_w1_b": (4, 40), "hada_w2_a": (40, 4), "hada_w2_b": (4, 40)}, 1280),
+        ({"lora_up.weight": (20, 5), "lora_down.weight": (5, 40), "lora_mid.weight": (5, 5, 3, 3)}, 1900),
+    ],
+)
+def test_small_tensors_that_would_make_a_huge_matrix(
+    shapes: dict[str, tuple[int, ...]], values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({f"lora_te_x.{key}": torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "f.safetensors")
+    [module] = read_modules(tmp_path / "f.safetensors")
+    assert kohya.VALUES_LIMIT == 2**30
+    monkeypatch.setattr(kohya, "VALUES_LIMIT", values)
+    assert module.change() is not None
+    monkeypatch.setattr(kohya, "VALUES_LIMIT", values - 1)
+    with pytest.raises(lorakit.AdapterMismatch, match=f"would have {values} values"):
+        module.change()
+
+
+@pytest.mark.parametrize("twice", ["lokr_w2_a", "lokr_w2_b", "lokr_t2"])
+def test_a_factor_that_is_there_twice_is_not_chosen_from(tmp_path: Path, twice: str) -> None:
+    tensors = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(3, 3), "alpha": torch.tensor(1.0), twice: torch.ones(3, 3, 1, 1)}
     save_file({f"lora_te_x.{key}": t for key, t in tensors.items()}, tmp_path / "f.safetensors")
     [module] = read_modules(tmp_path / "f.safetensors")
-    with pytest.raises(lorakit.AdapterMismatch, match=r"would have 1600000000 values"):
+    with pytest.raises(lorakit.AdapterMismatch, match=f"lokr_w2 is there whole, and as a product with {twice}"):
         module.change()
 
 

@@ -101,7 +101,9 @@ def test_all_stacks_train_on_the_same_tokens_and_end_near_each_other(tmp_path: P
     for split in ("train", "valid"):
         rows = load_name("builtin:tkinter/chat", split)[:48]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    samples = tokenize_rows(load_tokenizer("bundled"), [json.loads(line) for line in (tmp_path / "train.jsonl").read_text("utf-8").splitlines()], max_length=512).samples
+    samples = tokenize_rows(
+        load_tokenizer("bundled"), [json.loads(line) for line in (tmp_path / "train.jsonl").read_text("utf-8").splitlines()], max_length=512
+    ).samples
     plan = replace(
         PLAN,
         folder=str(tmp_path),

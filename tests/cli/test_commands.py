@@ -31,7 +31,7 @@ def test_dry_run_and_keys(adapter: Path) -> None:
     [
         (["train", "--lerning-rate", "1"], "unknown key 'lerning_rate' (method lora). Did you mean 'learning_rate'"),
         (["train", "--method", "lorra"], "Did you mean 'lora'"),
-        (["train", "stray"], "cannot read the configuration stray"),
+        (["train", "stray"], "stray: cannot be read"),
         (["train", "--r", "2", "stray"], "unexpected argument 'stray'"),
         (["eval", "./nowhere", "--data", "x.jsonl"], "there is no folder"),
         (["merge", "./nowhere", "--out", "x"], "there is no folder"),
@@ -78,7 +78,7 @@ def test_what_a_first_user_tripped_over(adapter: Path, tmp_path: Path) -> None:
     assert "expected float32, bfloat16, float16" in run("merge", str(adapter), "--out", str(tmp_path / "m"), "--dtype", "int8", code=2)
     assert "resume='atuo'" in run("train", *data, "--resume", "atuo", code=2)
     (tmp_path / "twice.yaml").write_text("r: 4\nmethod: lora\nr: 8\n")
-    assert "gives 'r' twice" in run("train", str(tmp_path / "twice.yaml"), code=2)
+    assert "'r' is given twice" in run("train", str(tmp_path / "twice.yaml"), code=2)
     (tmp_path / "broken.yaml").write_text("a: [\n")
     assert "line 2" in run("train", str(tmp_path / "broken.yaml"), code=2)
     assert "--keys" in run("train", "--qqqqqq", "1", code=2)

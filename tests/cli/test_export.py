@@ -14,6 +14,7 @@ from lorakit.adapters.gguf import ARCHITECTURES
 from lorakit.adapters.io import load_adapter
 from lorakit.adapters.kohya import KNOWN
 from lorakit.cli.main import app
+from lorakit.train.source_model import load_model
 from tests.adapters.lycoris.make import HERE, base, clip
 from tests.adapters.subject import shaken, tiny_model
 from tests.cli.typed import run
@@ -70,6 +71,14 @@ def test_plain_in_both_formats(tmp_path: Path) -> None:
     one, other = (load_adapter(tmp_path / name).deltas() for name in "ab")
     torch.testing.assert_close(next(iter(other.values())).weight(), next(iter(one.values())).weight())
     assert "in total: relative error" in run("convert", str(tmp_path / "a"), "--rank", "1", "--out", str(tmp_path / "c"))
+
+
+def test_what_rescales_its_base_is_cut_beside_the_one_that_it_names(model: str, tmp_path: Path) -> None:
+    adapter = shaken(load_model(model), "dora", sites=["q_proj"], r=2)
+    adapter.meta["model"] = model
+    adapter.save(tmp_path / "a")
+    assert "in total: relative error" in run("convert", str(tmp_path / "a"), "--rank", "4", "--out", str(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"] == model
 
 
 def test_three_exports(model: str, tmp_path: Path) -> None:

@@ -11,3 +11,8 @@ def test_values_are_those_of_a_file() -> None:
     assert parse_flags(words) == {"alpha": 1e-4, "sites": ["q", "v"], "run_at": "2024-01-01", "packing": False, "r": 8}
     with pytest.raises(BadParameter, match="--sites .* cannot be read"):
         parse_flags(["--sites", "[q"])
+
+
+def test_values_without_brackets_are_told_them() -> None:
+    with pytest.raises(BadParameter, match=r"unexpected argument 'k_proj'; .* several values as --key '\[a, b\]'"):
+        parse_flags(["--sites", "q_proj", "k_proj"])

@@ -1,6 +1,7 @@
 """main only registers: every command has help, and an error of ours is one line."""
 
 import inspect
+import logging
 
 import pytest
 from typer.testing import CliRunner
@@ -27,6 +28,10 @@ def test_an_unknown_command_is_told_the_nearest():
     result = RUN.invoke(app, ["sho"])
     assert result.exit_code == 2
     assert "Did you mean 'show'?" in result.stderr
+
+
+def test_packages_that_nothing_here_runs_in_say_nothing():
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 @pytest.fixture

@@ -140,3 +140,18 @@ def test_tasks_in_sequence_are_shown_one_by_one(files: Path) -> None:
     said = run("preprocess", "--model", str(files / "model"), "--train-data", data, "--train-data", data, "--debug", "--num", "1")
     assert len(re.findall(r"^train: \d+ samples", said, re.MULTILINE)) == 2
     assert re.search(r"^ ?train 2", said, re.MULTILINE)
+
+
+def test_of_a_long_text_only_the_first_samples_are_shown(files: Path) -> None:
+    (files / "long.jsonl").write_text("".join(json.dumps({"text": f"thing {i} " * 90}) + "\n" for i in range(2)))
+    said = command(files, "long", "--debug", "--num", "1")
+    assert said.count("   sample ") == 3
+    assert re.search(r"… and \d+ more samples of this row", said)
+
+
+def test_feedback_is_shown_with_another_prompts_answer(files: Path) -> None:
+    rows = [{"prompt": f"q{i // 2}", "completion": f"answer{i}", "label": i % 2 == 0} for i in range(8)]
+    (files / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = command(files, "feedback", "--debug", "--num", "8")
+    learned = re.findall(r"trained on \d+: '(.*?)<eos>'", said)
+    assert learned == [word for i in range(8) for word in (f"answer{i}", f"answer{(i // 2 * 2 + 2) % 8}")]

@@ -30,11 +30,12 @@ def write(folder: Path, *, result: Any = None, rows: Any = ((1, 3.0), (2, 2.0)),
     return folder
 
 
-def test_real_runs_are_listed_sorted_and_compared(tmp_path: Path) -> None:
+def test_real_runs_are_listed_sorted_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     one = config(tmp_path, output_dir=str(tmp_path / "runs/one"), report_samples=0)
     train(one, quiet=True)
     train(one.model_copy(update={"output_dir": str(tmp_path / "runs/deep/two"), "learning_rate": 1e-4}), quiet=True)
-    listed = run("runs", str(tmp_path))
+    listed = run("runs", ".")
     assert all(word in listed for word in ("runs/one", "deep/two", "lora", "finished"))
     found = json.loads(run("runs", str(tmp_path), "--json", "--sort", "-loss"))
     assert [Path(one["folder"]).name for one in found] == ["two", "one"]

@@ -50,3 +50,21 @@ def test_what_cannot_be_is_one_line(folder: Path, text: str, message: str) -> No
     output = run("train", "run.yaml", code=2)
     assert message in output and output.startswith("error: ") and output.count("\n") == 1
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("saved", "said"), [(True, "--resume auto goes on from the newest checkpoint in out"), (False, "begins again")])
+def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, said: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        if saved:
+            Path("out/checkpoint-00000005").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.train.train.train", stop)
+    assert said in run("train", "--model", "model", "--train-data", "rows.jsonl", "--output-dir", "out", code=130)
+
+
+def test_a_template_that_is_none_is_answered_with_the_nearest(folder: Path) -> None:
+    words = ["train", "--model", "model", "--train-data", "rows.jsonl", "--output-dir", "out", "--chat-template"]
+    assert "Did you mean 'llama3'" in run(*words, "lama3", code=2)
+    Path("bytes.jinja").write_bytes(b"\xff\xfe\x00")
+    assert "no UTF-8 text" in run(*words, "bytes.jinja", code=2)

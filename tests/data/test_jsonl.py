@@ -35,6 +35,15 @@ def test_lines_are_read_in_any_order_and_again_in_another_process(tmp_path):
     assert len(pickle.dumps(found)) < 1000
 
 
+@pytest.mark.parametrize("change", [{"AT_ONCE": 3}, {"_pread": records._seek_and_read}])
+def test_reading_by_parts_and_without_pread_gives_the_same(tmp_path, monkeypatch, change):
+    for name, value in change.items():
+        monkeypatch.setattr(records, name, value)
+    found = JsonLines(written(tmp_path, "\n".join(map(json.dumps, ROWS))))
+    assert [found.read(i) for i in (5, 0, 6, 1)] == [ROWS[i] for i in (5, 0, 6, 1)]
+    assert all_of(open_json(written(tmp_path, json.dumps(ROWS), "list.json"))) == ROWS
+
+
 def test_a_file_that_changes_is_an_error_in_this_process_and_in_another(tmp_path):
     path = written(tmp_path, '{"text": "a"}\n{"text": "b"}\n')
     found, before = JsonLines(path), pickle.dumps(JsonLines(path))

@@ -67,7 +67,7 @@ def test_two_answers_after_other_prompts_are_refused() -> None:
         tokenize_preferences(TOKENIZER, [CHAT, odd], max_length=100)
     done = tokenize_preferences(TOKENIZER, [CHAT, odd], max_length=100, skip_bad=True)
     assert (len(done.samples), done.bad, done.dropped) == (1, 1, 0)
-    assert "row 2" in done.notes[0]
+    assert done.account is not None and "row 2" in done.account.counts.named[0]
 
 
 def test_an_answer_needs_the_assistant() -> None:
@@ -187,3 +187,19 @@ def test_mutants_are_seen(change: Any, check: Any, monkeypatch: pytest.MonkeyPat
     change(monkeypatch)
     with pytest.raises((AssertionError, DataError)):
         check()
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_preferences_and_feedback_give_an_account(encoder_decoder: bool) -> None:
+    options: Any = {"max_length": 8, "encoder_decoder": encoder_decoder}
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b" * 9, "rejected": "c"}]
+    single = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in pairs]
+    for tokenize, rows, others in ((tokenize_preferences, pairs, 2), (tokenize_feedback, single, 0)):
+        done = tokenize(TOKENIZER, rows, **options)
+        assert done.account is not None
+        counts, prompts = done.account.counts, 2 + others
+        ends = 2 + others * 2 + (8 if encoder_decoder else 7)  # "b" and EOS, "c" and EOS twice, and what is left of b's
+        assert (counts.rows, counts.samples, counts.truncated, counts.dropped) == (2, 2, 1, 0)
+        assert (counts.tokens, counts.trained, counts.cut) == (prompts + ends, ends, 2 if encoder_decoder else 3)
+        assert counts.largest == max(*ids("abc" if others else "ab"), EOS, TOKENIZER.pad_token_id)
+        assert [line.split()[0] for line in done.account.lines()] == ["tokens", "truncation", "padding"]

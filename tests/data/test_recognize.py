@@ -127,7 +127,7 @@ def test_a_known_format_becomes_our_shape_and_says_why(name):
     assert "\n" not in reason
     for used in form.uses:
         assert used in reason
-    unused = [key for key in given if key not in form.uses and key not in ("kind", "tools")]
+    unused = [key for key in given if key not in form.uses and key != "kind"]
     assert ("not used: " in reason) == bool(unused)
     assert form.asked in FORMATS
     assert read(given, data_format=form.asked)[1] == expected, "what is asked for by its own name is the same"
@@ -242,3 +242,12 @@ def test_names_that_would_break_a_line_are_quoted():
     assert json.dumps(str(error.value)).isascii()
     str(error.value).encode()
     assert len(str(error.value)) < 500
+
+
+def test_columns_that_nobody_knows_are_answered_with_what_to_type():
+    with pytest.raises(BadRow, match=r"or map them: --columns '\{text: antwort\}', ours: yours\.$"):
+        recognize({"frage": "a", "antwort": "b"}, "row 1")
+    with pytest.raises(BadRow, match="your_column"):
+        recognize({"a b": "a"}, "row 1")
+    with pytest.raises(BadRow, match=r"yours\.$"):
+        recognize({"a": 1}, "row 1")

@@ -126,6 +126,9 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         ("x" * 400, "no file or folder"),
         ("a\0b", "no file or folder"),
         ("builtin:asyncoi/code", "Did you mean 'builtin:asyncio/code'"),
+        ("~nobody-of-this-name/rows.jsonl", "no file or folder"),
+        (f"{__file__},hf:a/b", "are typed '{.*test_source.py: 1, hf:a/b: 1}'"),
+        (f"{__file__}:0.5", "with its weight is typed '{.*test_source.py: 0.5}'"),
     ],
 )
 def test_an_unknown_name_is_answered_with_what_to_type(name, message):

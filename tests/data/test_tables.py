@@ -51,6 +51,14 @@ def files(tmp_path):
     return [tmp_path / name for name in ("a.parquet", "a.arrow", "b.arrow", "a.csv", "a.tsv", "b.csv")]
 
 
+def test_suffixes_are_read_in_any_case(tmp_path):
+    for path in files(tmp_path):
+        loud = path.rename(path.with_suffix(path.suffix.upper()))
+        assert load_rows(loud, "train", valid=loud) == ROWS, loud
+    notes = written(tmp_path, "some\nlines\n", "NOTES.TXT")
+    assert load_rows(notes, "train", valid=notes) == [{"text": "some\nlines\n"}]
+
+
 def test_every_kind_of_table_holds_the_same_rows_in_any_order(tmp_path):
     for path in files(tmp_path):
         rows = load_rows(path, "train", valid=path)

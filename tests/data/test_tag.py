@@ -131,3 +131,21 @@ def test_mutants_are_seen(change: Any, check: Any, monkeypatch: pytest.MonkeyPat
     change(monkeypatch)
     with pytest.raises(AssertionError):
         check()
+
+
+def test_tags_give_an_account() -> None:
+    tokenizer = wordpiece()
+    done = tokenize_tags(tokenizer, ROWS, NAMES, max_length=7)
+    whole = [len(tokenizer(" ".join(row["tokens"]))["input_ids"]) for row in ROWS]
+    assert done.account is not None
+    counts = done.account.counts
+    assert (counts.rows, counts.samples, counts.truncated, counts.cut) == (2, 2, 2, sum(whole) - 14)
+    assert (counts.tokens, counts.trained) == (14, sum(sample.trained for sample in done.samples))
+    assert counts.largest == max(token for sample in done.samples for token in sample.input_ids)
+    assert [line.split()[0] for line in done.account.lines()] == ["tokens", "truncation", "padding"]
+    assert done.account.notes()[0].startswith("2 of 2 rows are longer than max_length=7")
+
+
+def test_an_unknown_tag_is_named_with_its_row() -> None:
+    with pytest.raises(DataError, match="row 2: the tag 'X' is not among the known ones"):
+        tokenize_tags(wordpiece(), [*ROWS[:1], {"tokens": ["a"], "tags": ["X"]}], NAMES, max_length=64)

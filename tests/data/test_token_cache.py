@@ -79,6 +79,8 @@ def test_everything_that_decides_a_bit_is_in_the_key():
     other.add_tokens(["zzz"])
     padded = tiny_tokenizer()
     padded.pad_token = "<unk>"
+    left = tiny_tokenizer()
+    left.truncation_side = "left"
     used = tiny_tokenizer()
     used(["a", "bb"], padding=True, truncation=True, max_length=1)  # leaves its traces in the backend, which change nothing
     keys = [
@@ -87,6 +89,7 @@ def test_everything_that_decides_a_bit_is_in_the_key():
         key_of(TOKENIZER, rules, data_hash(ROWS[::-1])),
         key_of(other, rules, of),
         key_of(padded, rules, of),
+        key_of(left, rules, of),
         key_of(tiny_tokenizer(chat_template=CHAT_TEMPLATE + " "), rules, of),
         *(key_of(TOKENIZER, replace(rules, **change), of) for change in (
             {"max_length": 63}, {"train_on": "all"}, {"chat_template": "x"}, {"encoder_decoder": True}, {"shape": "text"},

@@ -1,5 +1,6 @@
 """The spectral operations against torch's own derivatives (fp64)."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,3 +49,21 @@ def test_project_and_its_gradients(sizes: tuple[int, int, int, int], s: float) -
         torch.testing.assert_close(found, want)
         for a, b in zip(*(torch.autograd.grad(y, inputs, g, retain_graph=True) for y in (found, want)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_under_autocast_the_gradients_are_the_plain_ones(ids: bool) -> None:
+    """The product's output, and so what comes back, is bf16 there beside an input in fp32."""
+    gen = torch.Generator().manual_seed(0)
+    at, c = torch.randperm(6 * 5, generator=gen)[:7], torch.randn(7, generator=gen).requires_grad_()
+    x = torch.randint(5, (2, 3), generator=gen) if ids else torch.randn(2, 3, 5, generator=gen).requires_grad_()
+    inputs = [c] if ids else [c, x]
+    y = spectral.project(x, c, at, 6, 5, 2.0)
+    weight = torch.randn(y.shape, generator=gen)
+    want = torch.autograd.grad((y * weight).sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = spectral.project(x, c, at, 6, 5, 2.0)
+    found = torch.autograd.grad((z.float() * weight).sum(), inputs)
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))

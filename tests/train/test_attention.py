@@ -299,7 +299,7 @@ def test_a_model_compiled_whole_has_sdpas_mask() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_run_has_it_by_default_and_ends_as_without(packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built, plain = list[Any](), runs.build
-    monkeypatch.setattr(runs, "build", lambda *args: built.append(plain(*args)) or built[-1])
+    monkeypatch.setattr(runs, "build", lambda *args, **kwargs: built.append(plain(*args, **kwargs)) or built[-1])
     ours, results = deltas(monkeypatch, "attention"), []
     for name in ("with", "without"):
         settings = config(tmp_path, output_dir=str(tmp_path / name), packing=packing, torch_compile=False, learning_rate=1e-3)
@@ -313,7 +313,7 @@ def test_a_run_has_it_by_default_and_ends_as_without(packing: bool, tmp_path: Pa
 
 def test_a_run_that_fails_gives_it_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built, plain = list[Any](), runs.build
-    monkeypatch.setattr(runs, "build", lambda *args: built.append(plain(*args)) or built[-1])
+    monkeypatch.setattr(runs, "build", lambda *args, **kwargs: built.append(plain(*args, **kwargs)) or built[-1])
 
     def fails(self: Any) -> None:
         assert self.adapted.model.config._attn_implementation == NAME

@@ -79,3 +79,9 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
         read_mapping(tmp_path / "none.yaml")
     with pytest.raises(BadParameter, match="is a folder"):
         read_mapping(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.CSV", "notes.txt"])
+def test_data_in_place_of_a_configuration_is_told_its_flag(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadParameter, match=f"is data, no configuration; type --train-data .*{name}"):
+        read(tmp_path, '{"text": "a"}\n', name)

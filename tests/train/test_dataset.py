@@ -1,5 +1,6 @@
 """Sides of the data: items are made when a batch is, and what a run needs to know of all of them is known without."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def test_a_vocabulary_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
         train(config(tmp_path, model=str(folder)), quiet=True)
     data = made(config(tmp_path))
     check_vocabulary(data, 286, "it")
+    for name, row in (
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ("kto", {"prompt": "a", "completion": "b", "label": True}),
+        ("tags", {"tokens": ["a", "b"], "tags": ["x", "y"]}),
+    ):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row | {"n": i}) + "\n" for i in range(40)))
+        with pytest.raises(DataError, match="they do not belong together"):
+            check_vocabulary(made(config(tmp_path, train_data=str(file))), 5, "it")
 
 
 def test_notes_of_the_data_are_the_run_s(tmp_path: Path) -> None:

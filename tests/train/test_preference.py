@@ -377,7 +377,21 @@ def test_weights_far_from_the_papers_are_noted(tmp_path: Path) -> None:
     assert "2 desirable answers weigh 0.25 times as much as 8" in note
     assert "from 4 to 5.33" in note
     assert KTO(0.1, 4.5, 1.0).notes(items) == []
-    assert "needs both kinds" in KTO(0.1, 1.0, 1.0).notes(items[:2])[0]
+    for kto, some, said in (
+        (
+            KTO(0.1, 1.0, 1.0),
+            items[:2],
+            "2 are desirable, and only desirable ones have a weight: KTO makes them all more likely",
+        ),
+        (
+            KTO(0.1, 1.0, 1.0),
+            items[2:],
+            "only undesirable ones have a weight: KTO makes them all less likely",
+        ),
+        (KTO(0.1, 1.0, 0.0), items, "only desirable ones have a weight"),
+    ):
+        (note,) = kto.notes(some)
+        assert said in note and note.endswith("KTO needs both kinds to tell them apart")
     assert DPO(0.1).notes(items) == []
     assert build(settings(tmp_path, kto=True), world()).adapted.notes == []
 

@@ -82,3 +82,11 @@ def test_the_users_words_and_the_tokenizers_template_stay(tmp_path: Path) -> Non
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     values, _ = under("qwen2", {"model": str(tmp_path)}, {})
     assert "chat_template" not in values and "sites" not in values, "a method without sites gets none"
+    values, _ = under("qwen2", {"model": str(tmp_path), "init_adapter": "saved"}, {"sites": None})
+    assert "sites" not in values, "a saved adapter has its own"
+
+
+def test_figures_of_papers_say_that_they_were_not_looked_up() -> None:
+    for found in presets().values():
+        for line in found.text.splitlines():
+            assert "from memory" in line or not re.search(r"arXiv|[Tt]able \d|appendix|section \d", line.partition("#")[2]), line

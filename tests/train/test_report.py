@@ -1,7 +1,10 @@
 """report.html: there for every run, whole in itself, safe whatever a run holds, and without a trace in what was trained."""
 
 import json
+import os
 import re
+import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,8 @@ import lorakit.train.ending as ending
 from lorakit.adapters.io import load_adapter
 from lorakit.train.answers import Sample
 from lorakit.train.config import make_config
-from lorakit.train.facts import Facts, command_of, homeless
-from lorakit.train.report import SITES, Outcome, Report, charts, page_of
+from lorakit.train.facts import Facts, _measured, command_of, homeless
+from lorakit.train.report import SITES, Outcome, Report, charts, page_of, usage
 from lorakit.train.train import train
 from tests.train.runs import class_file, config, stopped, text_file
 
@@ -176,6 +179,22 @@ def test_a_page_that_cannot_be_answered_costs_no_run(tmp_path: Path, monkeypatch
     assert (tmp_path / "out" / "adapter").is_dir() and (tmp_path / "out" / "result.json").exists()
 
 
+def test_a_page_that_cannot_be_refreshed_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, tried = Report.write, []
+
+    def full(self: Report, outcome: Outcome | None = None) -> Path:
+        tried.append(outcome)
+        if outcome is None:
+            raise OSError(28, "No space left on device")
+        return write(self, outcome)
+
+    monkeypatch.setattr(Report, "write", full)
+    result = train(config(tmp_path), quiet=True)
+    assert len(tried) == 2, "not again before the end"
+    assert [note for note in result.notes if "report.html was not refreshed: [Errno 28] No space left" in note]
+    assert "No space left" in (tmp_path / "out" / "report.html").read_text(), "the last page says so"
+
+
 def test_classes_and_sequences_have_their_pages(tmp_path: Path) -> None:
     train(config(tmp_path, train_data=class_file(tmp_path / "c.jsonl"), report_samples=2), quiet=True)
     page = (tmp_path / "out" / "report.html").read_text()
@@ -213,6 +232,19 @@ def test_nothing_that_a_run_holds_becomes_markup() -> None:
 def test_rows_with_nothing_in_them(rows: list[dict[str, Any]]) -> None:
     checked(page_of(FACTS, rows, None))
     checked(page_of(FACTS, rows, OUTCOME))
+
+
+def test_the_figures_at_the_head_are_those_of_the_task() -> None:
+    for figures, said in (
+        ({"loss": 1.0, "perplexity": 2.7, "bits_per_byte": 0.5}, ("held-out loss", "bits per byte")),
+        ({"loss": 0.6, "accuracy": 0.9, "margin": 0.25, "reward_chosen": 1.0}, ("held-out loss", "accuracy", "margin")),
+        ({"loss": 0.6, "accuracy": 0.9, "entity_f1": 0.8}, ("held-out loss", "accuracy", "entity F1")),
+        ({"loss": 0.6, "accuracy": 0.9, "macro_f1": 0.8, "forgetting": 0.1}, ("held-out loss", "accuracy", "forgetting")),
+    ):
+        page = page_of(FACTS, [], Outcome(figures, 10, 2.0))
+        heads = re.findall(r"<dt>(.*?)</dt>", page)
+        assert tuple(heads[: heads.index("trained parameters")]) == said
+        assert "reward chosen" in page or "reward_chosen" not in figures
 
 
 def test_a_long_run_of_a_large_model_has_a_page_of_bounded_size() -> None:
@@ -256,6 +288,27 @@ def test_the_command_gives_the_same_configuration() -> None:
         "method": "lora", "r": 4, "sites": ["q_proj", "re:.*v_proj"], "train_data": "it's here.jsonl", "learning_rate": 5e-5,
         "run_name": "007", "packing": False, "columns": {"prompt": "my question"}, "max_steps": 3,
     })  # fmt: skip
-    first, second, *words = shlex.split(command_of(given))
-    assert (first, second) == ("lorakit", "train")
-    assert make_config(parse_flags(words, strings=STRINGS, several=SEVERAL)) == given
+    for settings in (given, given.model_copy(update={"method_args": {"r": 4, "sites": "on"}})):
+        first, second, *words = shlex.split(command_of(settings))
+        assert (first, second) == ("lorakit", "train")
+        assert make_config(parse_flags(words, strings=STRINGS, several=SEVERAL)) == settings
+
+
+def test_what_to_do_next_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shell, where ~ between quotes is no home."""
+
+    def typed(command: str) -> list[str]:
+        words = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True).stdout
+        return words.splitlines()
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, source in ((tmp_path / "my runs" / "it's", tmp_path / "my rows.jsonl"), (tmp_path / "out", Path("rows.jsonl"))):
+        given = config(tmp_path, output_dir=str(folder), train_data=str(source))
+        facts = replace(FACTS, provenance=[("output folder", homeless(str(folder)))], measured=_measured(str(source), None))
+        commands = dict(usage(facts))
+        assert typed(commands["measure it"]) == ["lorakit", "eval", f"{folder}/adapter", "--data", str(source)]
+        assert typed(commands["look into it"]) == ["lorakit", "inspect", f"{folder}/adapter"]
+        assert {str(folder), str(source)} <= set(typed(command_of(given)))
+        assert str(tmp_path) not in f"{commands}{command_of(given)}"
+        loaded = commands["use it in Python"].removeprefix("lorakit.load(model, ").removesuffix(")")
+        assert eval(loaded, {"os": os}) == f"{folder}/adapter"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.core.errors import BadParameter
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.train import train
-from tests.train.runs import command, config, finish, start
+from tests.train.runs import command, config, finish, start, stopped
 
 KEYS = {
     "lora": {"dropout": 0.1},
@@ -147,3 +148,17 @@ def test_ten_random_kills(tmp_path: Path) -> None:
 
 def test_one_random_kill(tmp_path: Path) -> None:
     assert kill_and_resume(tmp_path, kills=1, seed=1) == 1
+
+
+def test_other_rows_under_the_same_name_are_no_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [f'{{"text": "some words {i}"}}\n' for i in range(30)]
+    data.write_text("".join(rows))
+    settings = config(tmp_path, train_data=str(data), max_steps=3, save_steps=1)
+    stopped(settings, 2, monkeypatch)
+    again = settings.model_copy(update={"resume": "auto"})
+    data.write_text("".join(rows).replace("some", "many"))
+    with pytest.raises(BadParameter, match="does not hold the rows any more that the run began with"):
+        train(again, quiet=True)
+    data.write_text("".join(rows))
+    assert train(again, quiet=True).steps == 3

@@ -150,3 +150,10 @@ def test_tasks_in_sequence_share_their_labels_and_their_kind(tmp_path):
 def test_no_data_says_what_to_give():
     with pytest.raises(DataError, match="no training data: give train_data"):
         read_rows(make_config({}))
+
+
+def test_rows_that_are_held_out_and_trained_on_are_said_to_be(tmp_path):
+    data, other = written(tmp_path, PLAIN), written(tmp_path, [PLAIN[0], *({"text": f"other {i}"} for i in range(39))], "other.jsonl")
+    assert [note for note in read(data, eval_data=data).notes if "nothing is held out" in note]
+    for rows in (read(data), read(data, eval_data=other), read("builtin:tkinter/chat", eval_data="builtin:tkinter/chat")):
+        assert not [note for note in rows.notes if "nothing is held out" in note]

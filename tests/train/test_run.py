@@ -198,7 +198,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match="the loss is nan at step .*lower learning_rate"):
-        train(config(tmp_path, learning_rate=1e30, max_grad_norm=0.0, max_steps=20), quiet=True)
+        train(config(tmp_path, learning_rate=10, alpha=1e20, max_grad_norm=0.0, max_steps=20), quiet=True)
 
 
 def test_a_site_that_never_runs_is_an_error(tmp_path: Path) -> None:

@@ -187,6 +187,9 @@ def _halves(m: Trained) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def _half(t: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
     if f"lokr_w{i}" not in t:
         return _low(t[f"lokr_w{i}_a"], t[f"lokr_w{i}_b"], t.get(f"lokr_t{i}"), turned=f"lokr_t{i}" in t)
+    parts = [key for key in t if key.startswith((f"lokr_w{i}_", f"lokr_t{i}"))]
+    if parts:
+        raise ValueError(f"lokr_w{i} is there whole, and as a product with {parts[0]}")
     w = t[f"lokr_w{i}"].double().flatten(1)
     one = torch.eye(min(w.shape), dtype=torch.float64)
     return (one, w) if w.shape[0] <= w.shape[1] else (w, one)

@@ -87,14 +87,14 @@ def convert(
     """
     from lorakit.adapters.convert import convert as run
     from lorakit.adapters.io import is_file
-    from lorakit.serve.export import base_for
+    from lorakit.serve.export import base_for, needs_base
     from lorakit.serve.merge import check_new
     from lorakit.serve.open import recorded
 
     check_new(Path(out))
     cut = cut_of(rank, energy)
     name = model or (None if is_file(adapter) else recorded(adapter).get("model"))
-    base = base_for(adapter, model, needed=svd_rank is not None or before_0_19 or (cut is not None and rescales(adapter)))
+    base = base_for(adapter, model, needed=svd_rank is not None or before_0_19 or needs_base(adapter, cut))
     native = not plain and svd_rank is None
     options: dict[str, Any] = {"native": native, "svd_rank": svd_rank, "before_0_19": before_0_19, "smaller": compact}
     options |= {"cut": cut, "only": only}
@@ -108,21 +108,6 @@ def cut_of(rank: int | None, energy: float | None) -> "Cut | None":
     from lorakit.adapters.cut import Cut
 
     return None if rank is None and energy is None else Cut(rank, energy)
-
-
-def rescales(adapter: str) -> bool:
-    """Whether an adapter in a folder of lorakit's changes W by more than its factors, so that a cut needs the base."""
-    from lorakit.adapters.folder import locate
-    from lorakit.adapters.io import RECORD
-    from lorakit.adapters.record import read_bounded, read_record, recipe_in
-    from lorakit.core.combine import AddSpec
-    from lorakit.core.method import get_method
-
-    path = locate(adapter, RECORD)
-    if path is None:
-        return True
-    recipe = recipe_in(read_record(read_bounded(path), path), path)
-    return not isinstance(get_method(recipe.name, **recipe.kwargs).combine, AddSpec)
 
 
 def statistics(

@@ -16,7 +16,7 @@ def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset(), sever
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") and "=" not in word:
-            raise BadParameter(f"unexpected argument {word!r}; settings are given as --key value")
+            raise BadParameter(f"unexpected argument {word!r}; settings are given as --key value, several values as --key '[a, b]'")
         key, given, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         if not given:

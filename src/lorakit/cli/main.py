@@ -5,6 +5,7 @@ Import what is heavy or optional inside the function: `lorakit --help` pays for 
 """
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from lorakit.cli import (
     use,
 )
 from lorakit.core.errors import LorakitError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # Transformers imports it where it is installed; nothing here runs in it
 
 app = typer.Typer(
     name="lorakit",

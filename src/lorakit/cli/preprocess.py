@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["SETTINGS", "preprocess"]
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+PARTS = 3
+"""Samples of one row that --debug shows: a file of text is one row."""
+NEAR = 16
+"""Rows in which --debug looks for another prompt's answer."""
 SPECIAL, TRAINED, IGNORED, ID = "bold magenta", "green", "red dim", "bright_black"
 
 
@@ -159,10 +163,15 @@ def _debug(tasks: Sequence["Rows"], making: "Making", wanted: range, side: str, 
             print_(f"── {side} row {i + 1}" + ("" if place == f"row {i + 1}" else f" ({place})"))
             try:
                 items = MAKERS[task]([chosen[i]], making).items
+                if task == "kto":  # what an answer is mismatched with stands in the rows behind it
+                    items = MAKERS[task]([chosen[(i + j) % len(chosen)] for j in range(min(NEAR, len(chosen)))], making).items[:1]
             except DataError as error:
                 print_(f"   no sample: {error}")
                 continue
             for k, item in enumerate(items, 1):
+                if k > PARTS:
+                    print_(f"   … and {len(items) - PARTS:,} more samples of this row")
+                    break
                 if len(items) > 1:
                     print_(f"   sample {k} of {len(items)}")
                 kind = {"encoder_decoder": making.encoder_decoder, "tags": task == "token-classification"}

@@ -101,17 +101,12 @@ def _plain(text: Any) -> Text:
 
 def _write(path: Path, found: list[Any], comparison: Any) -> None:
     from lorakit.core.errors import BadParameter
+    from lorakit.train import page
     from lorakit.train.facts import now
-    from lorakit.train.log import replace_file
-    from lorakit.train.page import render
     from lorakit.train.runs import LINES, overlaid
 
-    text = render("runs.html.jinja", runs=found, comparison=comparison, charts=overlaid(found), lines=LINES, written=now())
+    text = page.render("runs.html.jinja", runs=found, comparison=comparison, charts=overlaid(found), lines=LINES, written=now())
     try:
-        replace_file(path, lambda partial: _store(partial, text))
+        page.write(path, text)
     except OSError as error:
         raise BadParameter(f"cannot write --html {path}: {error.strerror or error}") from None
-
-
-def _store(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="replace", newline="\n")

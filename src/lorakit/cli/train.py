@@ -1,6 +1,7 @@
 """`lorakit train`: one YAML whose keys are also flags."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -62,12 +63,16 @@ def train(
         show_notes(resolved.notes, Console(stderr=True))
     from lorakit.train.train import train as run
 
-    result = run(settings, quiet=quiet, notes=resolved.notes)
+    try:
+        result = run(settings, quiet=quiet, notes=resolved.notes)
+    except KeyboardInterrupt:
+        print(f"interrupted: {_kept(Path(settings.output_dir))}", file=sys.stderr)
+        raise typer.Exit(130) from None
     name = result.method or settings.method
     print(f"{name} on {settings.model}: {result.steps} steps, {result.trainable:,} parameters, {result.seconds:.0f} s")
     report = Table(box=None)
     for name in result.final:
-        report.add_column(f"eval {name}")
+        report.add_column(f"eval {name}", overflow="fold")
     report.add_row(*(f"{v:.4f}" for v in result.final.values()))
     console = Console()
     console.print(report)
@@ -76,6 +81,13 @@ def train(
     for note in result.notes:
         console.print(f"note: {note}")
     console.print(f"adapter: {Path(settings.output_dir) / 'adapter'}", soft_wrap=True)
+
+
+def _kept(out: Path) -> str:
+    """What an interrupted run left, and how it goes on."""
+    if any(out.glob("checkpoint-*")):
+        return f"the same command with --resume auto goes on from the newest checkpoint in {out}"
+    return f"there is no checkpoint in {out} yet (save_steps); the same command with --resume auto begins again"
 
 
 def show_notes(notes: Sequence[str], console: Console) -> None:

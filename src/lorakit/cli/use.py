@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from lorakit.cli.flags import parse_flags
+
 Adapter = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's); 'base' for the base alone")]
 Folder = Annotated[str, typer.Argument(help="adapter folder (lorakit's or PEFT's)")]
 Model = Annotated[str | None, typer.Option("--model", help="base folder or Hub name; default: the one that the adapter names")]
@@ -16,6 +18,7 @@ Force = Annotated[bool, typer.Option("--force", help="accept a base with other w
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy")]
 Seed = Annotated[int, typer.Option("--seed")]
+AS_TRAINED = "default: the training's, if the source is the same"
 
 
 def eval_(
@@ -28,6 +31,10 @@ def eval_(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     exact_match: Annotated[bool, typer.Option("--exact-match", help="generate answers of chat or prompt rows and compare them")] = False,
     posterior: Annotated[bool, typer.Option("--posterior", help="calibration of the mean and of the posterior (laplace_lora)")] = False,
+    columns: Annotated[str | None, typer.Option("--columns", help=f"as in train, e.g. '{{prompt: question}}'; {AS_TRAINED}")] = None,
+    data_format: Annotated[str | None, typer.Option("--data-format", help=f"as in train; {AS_TRAINED}")] = None,
+    eval_fraction: Annotated[float | None, typer.Option("--eval-fraction", help=f"as in train; {AS_TRAINED}")] = None,
+    skip_bad: Annotated[bool | None, typer.Option("--skip-bad/--no-skip-bad", help=f"as in train; {AS_TRAINED}")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     force: Force = False,
 ) -> None:
@@ -35,12 +42,17 @@ def eval_(
     from lorakit.bayes.score import score as calibration
     from lorakit.serve.score import prepared, score
 
+    mapped = None if columns is None else parse_flags(["--columns", columns])["columns"]
+    said = {"columns": mapped, "data_format": data_format, "eval_fraction": eval_fraction, "skip_bad": skip_bad}
+    reading = {key: value for key, value in said.items() if value is not None}
     opened = _open(adapter, model, force)
     if posterior:
-        sides = prepared(opened, data, whole=whole, limit=max_samples, max_length=max_length)
+        sides = prepared(opened, data, whole=whole, limit=max_samples, max_length=max_length, reading=reading)
         figures = calibration(opened.adapted, sides.valid, batch_size=batch_size)
     else:
-        figures = score(opened, data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match)
+        figures = score(
+            opened, data, whole=whole, limit=max_samples, max_length=max_length, batch_size=batch_size, exact=exact_match, reading=reading
+        )
     if as_json:
         return print(json.dumps(figures, indent=1))
     table = Table(*(Column(name, overflow="fold") for name in figures), box=None)

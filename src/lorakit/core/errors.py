@@ -16,6 +16,11 @@ LONGEST = 1000
 """Characters of an error, which is one line: a hostile or broken file may hold any name."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's says, on one line of bounded length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class LorakitError(Exception):
     """Base of every error that lorakit raises on purpose."""
 

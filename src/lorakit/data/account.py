@@ -80,9 +80,11 @@ class Account:
             yield "tokens", f"{c.tokens:,} in {c.samples:,} texts; one class is learned of each"
         else:
             yield "tokens", f"{c.tokens:,} in {c.samples:,} samples; trained on {c.trained:,} ({_share(c.trained, c.tokens)})"
+        if self.shape in ("text", "chat", "pair"):
             yield "EOS", self._eos()
         begins = f"{self.bos} begins {c.bos:,} of {c.rows:,} rows" if c.bos else "none is added" if self.bos else "the tokenizer has none"
-        yield "BOS", begins + (f", {c.twice:,} of them twice" if c.twice else "")
+        if self.shape in ("text", "chat", "pair", "classify"):
+            yield "BOS", begins + (f", {c.twice:,} of them twice" if c.twice else "")
         if c.chunked:
             yield "chunks", f"{c.chunked:,} texts longer than max_length={self.max_length} became several samples; no token is lost"
         if self.shape != "text":

@@ -48,7 +48,7 @@ def open_folder(folder: Path, *, texts: bool = False) -> Sides:
         return _opened(folder, {WORDS.get(split, split): paths for split, paths in saved.items()})
     found = _files(folder)
     data = [path for path in found if path.suffix.lower() in OPEN and path.name not in BESIDE]
-    written = [path for path in found if path.suffix in textfile.SUFFIXES]
+    written = [path for path in found if path.suffix.lower() in textfile.SUFFIXES]
     if data and all(path.name.upper().startswith(("README", "LICENSE", "CITATION")) for path in written):
         return _data_sides(folder, data)
     if data and not texts:
@@ -109,5 +109,5 @@ def _files(folder: Path) -> list[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in files if not name.startswith(".")]
-    known = [path for path in found if path.suffix.lower() in OPEN or path.suffix in textfile.SUFFIXES]
+    known = [path for path in found if path.suffix.lower() in (*OPEN, *textfile.SUFFIXES)]
     return sorted(known, key=lambda path: path.relative_to(folder).as_posix())

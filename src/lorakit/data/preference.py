@@ -15,11 +15,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.errors import DataError
+from lorakit.data.account import LISTED, account_of
 from lorakit.data.chat import encode_chat
 from lorakit.data.encoded import IGNORED, Encoded, encode_pair, encode_translation
 from lorakit.data.pad import pad
 from lorakit.data.row import Row, kind_of, shape_of
-from lorakit.data.tokenize import Tokenized
+from lorakit.data.samples import Samples
+from lorakit.data.tokenize import Tokenized, place_of, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +119,14 @@ def tokenize_preferences(
 ) -> Tokenized[Any]:
     """`Preferred` samples of preference rows, in their order. DataError if none is left, or if a template shows the two another prompt."""
     encode = _encoder(rows, "preference", Encoder(tokenizer, max_length, chat_template, encoder_decoder))
-    samples, truncated = list[Preferred](), 0
+    samples, kept = list[Preferred](), list[tuple[Encoded, ...]]()
     whole, bad = _whole(rows, encode.pair, skip_bad)
     for (chosen, rejected), _ in whole:
         pair = Preferred(encode.cut(chosen), encode.cut(rejected))
         if encode.learns(pair.chosen) and encode.learns(pair.rejected):
             samples.append(pair)
-            truncated += encode.long(chosen) or encode.long(rejected)
-    return _counted(samples, rows, truncated, bad, max_length)
+            kept.append((chosen, rejected))
+    return _counted(samples, rows, encode, kept, bad)
 
 
 def tokenize_feedback(
@@ -145,7 +147,7 @@ def tokenize_feedback(
         Rated(encode.cut(one), row["label"], encode.with_answer_of(one, kept[j][0]))
         for (one, row), j in zip(kept, _partners([row["prompt"] for _, row in kept]), strict=True)
     ]
-    return _counted(samples, rows, sum(encode.long(one) for one, _ in kept), bad, max_length)
+    return _counted(samples, rows, encode, [(one,) for one, _ in kept], bad)
 
 
 def collate_preferences(items: Sequence[Preferred], pad_id: int) -> dict[str, torch.Tensor]:
@@ -185,22 +187,41 @@ def _shared(a: list[int], b: list[int]) -> bool:
 def _whole(rows: Sequence[Row], encode: Callable[[Row], Any], skip_bad: bool) -> tuple[list[tuple[Any, Row]], list[str]]:
     """What each row is as tokens, uncut, and what is wrong with those that are left out. DataError for the first unless `skip_bad`."""
     done, bad = list[tuple[Any, Row]](), list[str]()
-    for number, row in enumerate(rows, 1):
+    for i, row in enumerate(rows):
         try:
             done.append((encode(row), row))
         except DataError as error:
+            said = f"{place_of(rows, i)}: {error}"
             if not skip_bad:
-                raise DataError(f"row {number}: {error}") from None
-            bad.append(f"row {number}: {error}")
+                raise DataError(said) from None
+            bad.append(said)
     return done, bad
 
 
-def _counted(samples: list[Any], rows: Sequence[Row], truncated: int, bad: list[str], max_length: int) -> Tokenized[Any]:
+def _counted(
+    samples: list[Any], rows: Sequence[Row], encode: Encoder, whole: Sequence[Sequence[Encoded]], bad: list[str]
+) -> Tokenized[Any]:
+    """With the account; `whole`: each sample's sequences, uncut."""
     if not samples:
         why = f", and {len(bad)} cannot be used: {bad[0]}" if bad else ""
-        raise DataError(f"none of the {len(rows)} rows has a trained token in every answer within max_length={max_length}{why}")
-    dropped = len(rows) - len(samples) - len(bad)
-    return Tokenized(samples, len(rows), truncated=truncated, dropped=dropped, bad=len(bad), notes=tuple(bad[:3]))
+        raise DataError(f"none of the {len(rows)} rows has a trained token in every answer within max_length={encode.max_length}{why}")
+    both = encode.encoder_decoder
+    uncut = sum(len(one.input_ids) + both * len(one.labels) for ones in whole for one in ones)
+    cut = [encode.cut(one) for ones in whole for one in ones]
+    tokens = tokens_of(encode.tokenizer, Samples.of(cut, "target" if both else "token"))
+    counts = replace(
+        tokens,
+        rows=len(rows),
+        samples=len(samples),
+        truncated=sum(any(map(encode.long, ones)) for ones in whole),
+        cut=uncut - tokens.tokens,
+        trained=sum(label != IGNORED for one in cut for label in one.labels[0 if both else 1 :]),
+        dropped=len(rows) - len(samples) - len(bad),
+        bad=len(bad),
+        named=tuple(bad[:LISTED]),
+    )
+    account = account_of(encode.tokenizer, counts, shape_of(rows[0]), encode.max_length, encoder_decoder=both)
+    return Tokenized(samples, len(rows), truncated=counts.truncated, dropped=counts.dropped, bad=len(bad), account=account)
 
 
 def _partners(prompts: Sequence[Any]) -> list[int]:

@@ -6,7 +6,8 @@ Rows that are in one of our shapes already go through unchanged; of others only 
 
 alpaca      {instruction, input?, output, system?, history?}, Dolly's {instruction, context, response}             -> chat
 sharegpt    {conversations} with {from, value} or {role, content}; also under conversation and messages            -> chat
-messages    OpenAI's, contents as parts joined, tools and tool calls kept; TRL's prompt and completion of messages -> chat
+messages    OpenAI's, contents as parts joined, tool calls kept; TRL's prompt and completion of messages           -> chat
+            (a row's list of `tools` is kept in it, and not shown to the chat template: the reason says so)
 preference  {prompt, chosen, rejected} of texts or messages, without a prompt, LLaMA-Factory's ranking, Anthropic's whole dialogs
 feedback    {prompt, completion, label}, LLaMA-Factory's kto_tag
 pair, classify, tag, text under their everyday names (PAIRS, TEXTS, LABELS, TAGS)
@@ -87,7 +88,7 @@ class Format:
         """What was recognized by what, and what is not used."""
         mapped = renamed(found, self.columns) if self.columns else found
         back = dict(self.columns)
-        rest = [back.get(key, key) for key in mapped if key not in self.uses and key not in ("kind", "tools")]
+        rest = [back.get(key, key) for key in mapped if key not in self.uses and key != "kind"]
         used = ", ".join(f"{back[key]} as {key}" if key in back else key for key in self.uses)
         what = f"{self.name}: column{'s' * (len(self.uses) > 1)} {used}"
         return what + (f"; {self.how}" if self.how else "") + (f"; not used: {names(rest)[1:-1]}" if rest else "")
@@ -107,7 +108,8 @@ def recognize(first: Row, where: object, *, data_format: str = "auto", columns: 
     if not found:
         what = f"no columns of {data_format} data" if data_format != "auto" else "no known set of keys"
         near = next((f" {hint}" for key in row if (hint := _hint(str(key), row))), "")
-        message = f"{where} has {what}: {names(row)}; expected {EXPECTED}, or map them: columns={{text: your_column}}.{near}"
+        yours = next((key for key in sorted(map(str, first)) if key.isidentifier() and len(key) < 40), "your_column")
+        message = f"{where} has {what}: {names(row)}; expected {EXPECTED}, or map them: --columns '{{text: {yours}}}', ours: yours.{near}"
         raise BadRow(message, where, reason=what)
     if len(found) > 1:
         raise BadRow(f"{where} has {_choice(found, row)}", where, reason="keys of two kinds of data")
@@ -117,7 +119,7 @@ def recognize(first: Row, where: object, *, data_format: str = "auto", columns: 
 
 
 def _hint(key: str, row: Row) -> str:
-    near = did_you_mean(key, (o for o in OURS if o not in row), n=1) if key not in OURS else ""
+    near = did_you_mean(key, (o for o in OURS if o not in row), n=1) if key not in OURS and len(key) > 2 else ""
     return f"{near} (found {key!r})" if near.startswith("Did") else ""
 
 

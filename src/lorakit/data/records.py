@@ -21,6 +21,8 @@ LONGEST = 1 << 28
 """Bytes of the longest line that is read: a longer one means that the file is not made of lines."""
 DEEPEST = 64
 """Most levels of lists and objects in one another: deeper ones are no data, and would not survive a recursive writer."""
+AT_ONCE = 1 << 30
+"""Bytes that the system is asked for at once: it gives no 2 GiB."""
 
 
 class Records(ABC):
@@ -121,7 +123,7 @@ class Joined(Records):
 
 
 class Bytes:
-    """A file that is read at offsets (`pread`, which threads and forked processes may share)."""
+    """A file that is read at offsets (by `pread` where the system has it, which threads and forked processes may share)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,7 +139,7 @@ class Bytes:
             self._fd = self._open()
         if _seen(os.fstat(self._fd)) != self._stamp:
             raise self._changed()
-        return os.pread(self._fd, end - start, start)
+        return b"".join([_pread(self._fd, min(AT_ONCE, end - at), at) for at in range(start, end, AT_ONCE)])
 
     def lines(self) -> Iterator[bytes]:
         """Every line with its end, in one pass. Only \\n ends a line: str.splitlines also cuts at U+2028, which JSON holds."""
@@ -162,7 +164,7 @@ class Bytes:
     def _open(self) -> int:
         self.check()
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}") from None
         weakref.finalize(self, os.close, fd)
@@ -181,6 +183,15 @@ def stamp(path: Path) -> tuple[int, int]:
         return _seen(path.stat())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _seek_and_read(fd: int, size: int, at: int) -> bytes:
+    """What Windows has instead of `pread`, for one thread."""
+    os.lseek(fd, at, os.SEEK_SET)
+    return os.read(fd, size)
+
+
+_pread = getattr(os, "pread", _seek_and_read)
 
 
 def _seen(found: os.stat_result) -> tuple[int, int]:

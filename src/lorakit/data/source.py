@@ -223,7 +223,7 @@ def _open(name: str, reading: Reading, fraction: float | None) -> Sides:
     path = _existing(name)
     if path.is_dir():
         return open_folder(path, texts=reading.data_format == "text")
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         return {"train": open_file(path)}
     if fraction is None:
         return {"train": text_records([path], f"{path} holds no text")}
@@ -238,13 +238,19 @@ def _side(sides: Sides, split: str, name: str) -> Records:
 
 
 def _existing(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
     raise DataError(f"{name!r} is no file or folder{_hint(name, path)}")
 
 
 def _hint(name: str, path: Path) -> str:
+    several = [part.strip() for part in name.split(",")]
+    if len(several) > 1 and all(os.path.exists(os.path.expanduser(part)) or part.startswith((HUB, builtin.PREFIX)) for part in several):
+        return f"; several sources in one are typed '{{{', '.join(f'{part}: 1' for part in several)}}}', with a weight each"
+    file, colon, weight = name.rpartition(":")
+    if colon and weight.replace(".", "", 1).isdecimal() and os.path.exists(os.path.expanduser(file)):
+        return f"; a source with its weight is typed '{{{file}: {weight}}}'"
     neighbors = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     close = [str(path.parent / n) for n in difflib.get_close_matches(path.name, neighbors, n=2)]
     close += difflib.get_close_matches(builtin.PREFIX + name, builtin.NAMES, n=1, cutoff=0.8)

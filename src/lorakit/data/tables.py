@@ -216,7 +216,7 @@ def open_table(path: Path) -> Any:
         import pyarrow  # noqa: F401
     except ImportError:
         raise MissingExtra("pyarrow", "data") from None
-    return (_Parquet if path.suffix == ".parquet" else _Arrow)(path)
+    return (_Parquet if path.suffix.lower() == ".parquet" else _Arrow)(path)
 
 
 class _readable:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.errors import DataError, did_you_mean
+from lorakit.data.account import Counts, account_of
 from lorakit.data.encoded import IGNORED, Encoded
 from lorakit.data.row import Row, kind_of, shape_of
-from lorakit.data.tokenize import Label, Tokenized
+from lorakit.data.samples import Samples
+from lorakit.data.tokenize import Label, Tokenized, place_of, tokens_of
 
 
 def tokenize_tags(
@@ -29,11 +31,14 @@ def tokenize_tags(
     if (room := max_length - len(words.before) - len(words.after)) < 1:
         raise DataError(f"max_length is {max_length}, and the tokenizer's own tokens take all of it; raise it")
     number = {name: i for i, name in enumerate(names)}
-    samples, truncated = list[Encoded](), 0
-    for row in rows:
+    samples, truncated, cut = list[Encoded](), 0, 0
+    for i, row in enumerate(rows):
         pieces = words.pieces(row["tokens"])
         ids = [token for piece in pieces for token in piece]
-        labels = [label for piece, tag in zip(pieces, row["tags"], strict=True) for label in _labels(piece, _number(tag, number))]
+        if (unknown := next((tag for tag in row["tags"] if tag not in number), None)) is not None:
+            hint = did_you_mean(str(unknown), map(str, number))
+            raise DataError(f"{place_of(rows, i)}: the tag {unknown!r} is not among the known ones. {hint}".rstrip())
+        labels = [label for piece, tag in zip(pieces, row["tags"], strict=True) for label in _labels(piece, number[tag])]
         sample = Encoded(
             [*words.before, *ids[:room], *words.after],
             [*[IGNORED] * len(words.before), *labels[:room], *[IGNORED] * len(words.after)],
@@ -42,9 +47,13 @@ def tokenize_tags(
         if sample.trained:
             samples.append(sample)
             truncated += len(ids) > room
+            cut += max(0, len(ids) - room)
     if not samples:
         raise DataError(f"none of the {len(rows)} rows has a labeled token within max_length={max_length}")
-    return Tokenized(samples, len(rows), truncated=truncated, dropped=len(rows) - len(samples))
+    trained, dropped = sum(sample.trained for sample in samples), len(rows) - len(samples)
+    counts = Counts(rows=len(rows), truncated=truncated, cut=cut, trained=trained, dropped=dropped)
+    counts += tokens_of(tokenizer, Samples.of(samples, "token"))
+    return Tokenized(samples, len(rows), truncated=truncated, dropped=dropped, account=account_of(tokenizer, counts, "tag", max_length))
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
@@ -82,9 +91,3 @@ class Words:
 
 def _labels(piece: list[int], number: int) -> list[int]:
     return [number, *[IGNORED] * (len(piece) - 1)] if piece else []
-
-
-def _number(tag: Label, number: dict[Label, int]) -> int:
-    if tag not in number:
-        raise DataError(f"the tag {tag!r} is not among the known ones. {did_you_mean(str(tag), map(str, number))}".rstrip())
-    return number[tag]

@@ -30,6 +30,7 @@ from lorakit.data.account import Counts
 from lorakit.data.samples import Layout, Samples, gathered
 
 FORMAT = 1
+"""Raised whenever this package's own code would make other samples of the same rows, or count otherwise."""
 INDEX = "index.json"
 PARTIAL = ".partial-"
 STALE = 86_400.0
@@ -57,7 +58,7 @@ class TokenCache:
 
     @classmethod
     def here(cls) -> Self | None:
-        """What the environment says; None where it says off, or the folder cannot be written to."""
+        """What the environment says; None where it says off."""
         root = os.environ.get("LORAKIT_CACHE", "")
         if root.lower() in ("off", "0", "false", "no"):
             return None
@@ -183,6 +184,7 @@ def key_of(tokenizer: PreTrainedTokenizerBase, rules: Any, rows_hash: str) -> st
             {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
             tokenizer.chat_template,
             tokenizer.pad_token_id,
+            tokenizer.truncation_side,
         ],
         "versions": [transformers.__version__, tokenizers.__version__],
     }

@@ -282,7 +282,8 @@ class Tokenizing:
         if long:  # the tokenizer truncates by itself, since it keeps a closing [SEP]
             short = token_ids(tokenizer, [rows[i]["text"] for i in long], special=True, truncation=True, max_length=limit)
             cut = sum(len(whole[i]) for i in long) - sum(map(len, short))
-            whole = [short[long.index(i)] if i in set(long) else ids for i, ids in enumerate(whole)]
+            for i, ids in zip(long, short, strict=True):
+                whole[i] = ids
         samples = [Labeled(ids, label, kind_of(row)) for ids, label, row in zip(whole, numbers, rows, strict=True)]
         return samples, Counts(rows=len(rows), truncated=len(long), cut=cut if long else 0) + self._begins(whole)
 
@@ -301,19 +302,22 @@ class Tokenizing:
         """What is counted by sample and token."""
         if not made:
             return Counts()
-        target, tokenizer = samples.layout == "target", self.tokenizer
-        values = samples.labels if target else samples.ids[:0]
-        tokens = len(samples.ids) + len(values)
-        largest = max(int(samples.ids.max(initial=-1)), int(values.max(initial=-1)), int(tokenizer.pad_token_id or 0))
-        unk = tokenizer.unk_token_id
-        told = None if unk in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unk
-        unknown = 0 if told is None else int((samples.ids == told).sum() + (values == told).sum())
+        counts = tokens_of(self.tokenizer, samples)
         if samples.layout == "class":
-            return Counts(samples=len(made), tokens=tokens, unknown=unknown, largest=largest)
-        learned = samples.labels != IGNORED
+            return counts
+        target, learned = samples.layout == "target", samples.labels != IGNORED
         trained = int(learned.sum()) - (0 if target else int(learned[samples.offsets[:-1]].sum()))
-        n_bytes = trained_bytes(tokenizer, made, shifted=not target)
-        return Counts(samples=len(made), tokens=tokens, trained=trained, n_bytes=n_bytes, unknown=unknown, largest=largest)
+        return replace(counts, trained=trained, n_bytes=trained_bytes(self.tokenizer, made, shifted=not target))
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, samples: Samples[Any]) -> Counts:
+    """How many samples and tokens there are (of an encoder-decoder the targets' too), those that are unknown, and the largest."""
+    values = samples.labels if samples.layout == "target" else samples.ids[:0]
+    largest = max(int(samples.ids.max(initial=-1)), int(values.max(initial=-1)), int(tokenizer.pad_token_id or 0))
+    unk = tokenizer.unk_token_id
+    told = None if unk in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unk
+    unknown = 0 if told is None else int((samples.ids == told).sum() + (values == told).sum())
+    return Counts(samples=len(samples), tokens=len(samples.ids) + len(values), unknown=unknown, largest=largest)
 
 
 def _ends(rows: Sequence[Row]) -> Iterator[int]:

@@ -15,10 +15,11 @@ from lorakit.adapters.convert import opened
 from lorakit.adapters.cut import Cut
 from lorakit.adapters.folder import locate
 from lorakit.adapters.gguf import to_gguf
-from lorakit.adapters.io import RECORD, is_file, load_adapter
-from lorakit.core.adapter import Adapter
+from lorakit.adapters.io import RECORD, is_file
+from lorakit.adapters.record import read_bounded, read_record, recipe_in
 from lorakit.core.combine import AddSpec
 from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.core.method import get_method
 from lorakit.serve.open import base_of, recorded
 from lorakit.train.source_model import load_model, resolve
 
@@ -43,8 +44,7 @@ def export_gguf(
     name = model or facts.get("model")
     if not name:
         raise BadParameter(f"the adapter {source} does not name its base, whose configuration says how a GGUF has it; give it with --model")
-    own = locate(source, RECORD) is not None
-    base = base_for(source, model) if not own or _needs_base(load_adapter(source), cut) else None
+    base = base_for(source, model) if needs_base(source, cut, fused=True) else None
     read = opened(source, model=base, cut=cut, only=only)
     config = _config(str(name)) if base is None else base.config.to_dict()  # type: ignore[operator, union-attr]
     lines = to_gguf(read.adapter, out, config=config, model=base, dtype=dtype, name=Path(source).stem).lines()
@@ -68,9 +68,16 @@ def any_model(name: str) -> nn.Module:
         return model.eval()
 
 
-def _needs_base(adapter: Adapter, cut: Cut | None) -> bool:
-    rescales = not isinstance(adapter.method().combine, AddSpec)
-    return any(site.rows is not None for site in adapter.sites) or (cut is not None and rescales)
+def needs_base(source: str | Path, cut: Cut | None, *, fused: bool = False) -> bool:
+    """Whether an adapter is read with its base's weights: always what lorakit did not write, else to cut what rescales W and, for formats
+    that hold a fused weight whole (`fused`), where parts of one are adapted."""
+    path = locate(source, RECORD)
+    if path is None:
+        return True
+    record = read_record(read_bounded(path), path)
+    recipe = recipe_in(record, path)
+    rescales = not isinstance(get_method(recipe.name, **recipe.kwargs).combine, AddSpec)
+    return (cut is not None and rescales) or (fused and any(site.rows is not None for site in record.sites))
 
 
 def _config(name: str) -> dict[str, Any]:

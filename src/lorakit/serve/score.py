@@ -1,5 +1,6 @@
 """Figures of an opened model on data: loss, bits per byte, accuracy, F1, and exact match of generated answers."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from lorakit.data.row import Row, shape_of
 from lorakit.data.source import load_rows
 from lorakit.serve.generate import stream, stream_chat
 from lorakit.serve.open import Opened
-from lorakit.train.config import make_config
+from lorakit.train.config import TrainConfig, make_config
 from lorakit.train.dataset import TrainData, prepare
 from lorakit.train.evaluate import evaluate
 from lorakit.train.metrics import exact_match
 from lorakit.train.preference import REFERENCE
-from lorakit.train.rows import Rows
+from lorakit.train.rows import Judged, Rows, recalled
 from lorakit.train.source_model import CLASSIFY, HEADED, TAG
 
 
@@ -29,13 +30,14 @@ def score(
     max_length: int | None = None,
     batch_size: int = 8,
     exact: bool = False,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Figures on the validation side of `data` (all of it with `whole`). Raises DataError."""
-    sides = prepared(opened, data, whole=whole, limit=limit, max_length=max_length, compared=True)
+    """Figures on the validation side of `data` (all of it with `whole`). Raises DataError. `reading`: see `prepared`."""
+    sides = prepared(opened, data, whole=whole, limit=limit, max_length=max_length, compared=True, reading=reading)
     if sides.valid.aim is not None:
         _refer(opened)
     figures = evaluate(opened.model, sides.valid, batch_size=batch_size, adapted=opened.adapted)
-    return figures | ({"exact_match": answers(opened, _rows(data, whole, limit))} if exact else {})
+    return figures | ({"exact_match": answers(opened, _rows(opened, _config(opened, data, reading), whole, limit))} if exact else {})
 
 
 def _refer(opened: Opened) -> None:
@@ -50,15 +52,22 @@ def _refer(opened: Opened) -> None:
 
 
 def prepared(
-    opened: Opened, data: str, *, whole: bool = False, limit: int | None = None, max_length: int | None = None, compared: bool = False
+    opened: Opened,
+    data: str,
+    *,
+    whole: bool = False,
+    limit: int | None = None,
+    max_length: int | None = None,
+    compared: bool = False,
+    reading: Mapping[str, Any] | None = None,
 ) -> TrainData:
     """The validation side of `data`, on both sides, tokenized for this model. Raises DataError for data of another kind.
 
-    `compared`: it may hold preferences, which are judged beside the base.
+    `compared`: it may hold preferences, which are judged beside the base. `reading`: how rows are read and divided (rows.READING); what it
+    does not say is as it was in training where the source is the same, so that the rows held out there are those held out here.
     """
-    rows = _rows(data, whole, limit)
-    length = max_length or opened.meta.get("max_length", 512)
-    config = make_config({"train_data": data, "max_length": length, **opened.meta.get("aim", {})})
+    config = _config(opened, data, reading, max_length)
+    rows = _rows(opened, config, whole, limit)
     model: Any = opened.model
     both = Rows(rows, rows, tuple(opened.meta.get("labels") or ()))
     if both.task != opened.task and {both.task, opened.task} & set(HEADED):
@@ -70,8 +79,24 @@ def prepared(
     return prepare(both, config, opened.tokenizer, packing=packing, encoder_decoder=bool(model.config.is_encoder_decoder))
 
 
-def _rows(data: str, whole: bool, limit: int | None) -> list[Row]:
-    return list(load_rows(data, "valid", valid=data if whole else None)[:limit])
+def _config(opened: Opened, data: str, reading: Mapping[str, Any] | None, max_length: int | None = None) -> TrainConfig:
+    length = max_length or opened.meta.get("max_length", 512)
+    keys = {**recalled(opened.meta, data), **(reading or {})}
+    return make_config({"train_data": data, "max_length": length, **opened.meta.get("aim", {}), **keys})
+
+
+def _rows(opened: Opened, config: TrainConfig, whole: bool, limit: int | None) -> list[Row]:
+    data = str(config.train_data)
+    rows: Sequence[Row] = load_rows(
+        data,
+        "valid",
+        valid=data if whole else None,
+        valid_fraction=config.eval_fraction,
+        data_format=config.data_format,
+        columns=config.columns,
+        skip_bad=config.skip_bad,
+    )[:limit]
+    return list(Judged(rows) if opened.task == "kto" and shape_of(rows[0]) == "preference" else rows)
 
 
 def answers(opened: Opened, rows: list[Row]) -> float:

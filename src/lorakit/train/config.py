@@ -241,5 +241,5 @@ def _first(error: pydantic.ValidationError) -> str:
     found = repr(first["input"])
     where = ".".join(map(str, first["loc"][:1] if first["type"].endswith(("_type", "_parsing")) or len(first["loc"]) > 2 else first["loc"]))
     info = TrainConfig.model_fields.get(name)
-    about = f" ({info.description}; default {info.default!r})" if info is not None else ""
+    about = f" ({info.description}; default {info.get_default(call_default_factory=True)!r})" if info is not None else ""
     return f"{where}={found if len(found) <= 80 else found[:77] + '…'}: {first['msg']}{about}"

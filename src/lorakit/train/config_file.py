@@ -23,6 +23,9 @@ MOST = 100_000
 DEEPEST = 50
 """Lists and mappings inside each other; libyaml composes them recursively, on the stack of C."""
 
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+"""Suffixes of files that are given as train_data."""
+
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$")
 
@@ -77,6 +80,8 @@ def _at(what: str, mark: Any) -> _Wrong:
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML or JSON file. Raises BadParameter in one line, with line and column where there is one."""
     try:
+        if Path(path).suffix.lower() in DATA:
+            raise _Wrong(f"is data, no configuration; type --train-data {path}")
         text = _text(Path(path))
         values = _json(text) if Path(path).suffix == ".json" or text.lstrip()[:1] == "{" else _yaml(text)
         if values is None:

@@ -143,8 +143,8 @@ class Hash:
 
 def check_vocabulary(data: TrainData, rows: int, model: str) -> None:
     """DataError unless every token has one of the `rows` of the model's embedding."""
-    sides = [side for task in data.tasks for side in (task.train, task.valid) if side.details is not None]
-    largest = max((side.details.counts.largest for side in sides if side.details), default=-1)
+    known = [side.details for task in data.tasks for side in (task.train, task.valid)]
+    largest = max((account.counts.largest for account in known if account is not None), default=-1)
     if largest >= rows:
         raise DataError(
             f"the tokenizer made token {largest} and the embedding of {model} has {rows} rows: they do not belong together; "
@@ -191,7 +191,8 @@ def _language(rows: Sequence[Row], making: Making) -> Side:
 def _tags(rows: Sequence[Row], making: Making) -> Side:
     done = tokenize_tags(making.tokenizer, rows, making.labels, max_length=making.config.max_length)
     judge = TagJudge(tuple(map(str, making.labels)))
-    return Side(list(done.samples), lambda items: pad(items, _pad_id(making.tokenizer)), 0, str(done), judge=judge)
+    padded = partial(pad, pad_id=_pad_id(making.tokenizer))
+    return Side(list(done.samples), padded, 0, str(done), judge=judge, details=done.account, notes=_noted(done))
 
 
 def _compared(
@@ -201,7 +202,8 @@ def _compared(
     options = {"encoder_decoder": making.encoder_decoder, "skip_bad": config.skip_bad}
     done = tokenize(making.tokenizer, rows, max_length=config.max_length, **options)
     loss = aim.of(config)
-    return Side(list(done.samples), partial(collate, pad_id=_pad_id(making.tokenizer)), 0, str(done), aim=loss, judge=loss.judge)
+    made, details, notes = partial(collate, pad_id=_pad_id(making.tokenizer)), done.account, _noted(done)
+    return Side(list(done.samples), made, 0, str(done), aim=loss, judge=loss.judge, details=details, notes=notes)
 
 
 MAKERS: dict[str, Callable[[Sequence[Row], Making], Side]] = {

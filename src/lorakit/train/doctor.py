@@ -248,7 +248,7 @@ def _model(name: str, problems: list[Problem]) -> dict[str, str]:
     """A model's folder: its type, size, template and preset; a Hub name is only looked for in the cache."""
     from lorakit.train.config import BUNDLED
 
-    folder = Path(__file__).parents[1] / "data" / "base" if name == BUNDLED else Path(name).expanduser()
+    folder = Path(__file__).parents[1] / "data" / "base" if name == BUNDLED else Path(os.path.expanduser(name))
     if not folder.is_dir():
         offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
         cached = _cached(name)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lorakit.core.errors import one_line
 from lorakit.data.tokenize import trained_bytes
 from lorakit.train.answers import SECONDS, TOKENS, Held, Sample, samples
 from lorakit.train.dataset import Side, TrainData
@@ -56,13 +57,13 @@ def conclude(run: "Run", tokenizer: PreTrainedTokenizerBase, held: Held, result:
     try:
         base, compared, base_note = beside_base(run, tokenizer, result.final)
     except Exception as error:
-        notes.append(f"the base was not measured: {_line(error)}")
+        notes.append(f"the base was not measured: {type(error).__name__}: {one_line(error)}")
     found, how = list[Sample](), ""
     if run.world.main:
         try:
             found, how = answered(run, tokenizer, held)
         except Exception as error:
-            notes.append(f"no row was answered: {_line(error)}")
+            notes.append(f"no row was answered: {type(error).__name__}: {one_line(error)}")
     whole = compared == result.final
     result = replace(result, base=base if whole else {}, notes=[*result.notes, *notes])
     outcome = Outcome(
@@ -93,7 +94,3 @@ def answered(run: "Run", tokenizer: PreTrainedTokenizerBase, held: Held) -> tupl
     how = "" if judged else f", answered greedily with at most {TOKENS} new tokens each, and {SECONDS:.0f} seconds for all of them"
     head = " The base's head is untrained, so its answers are chance." if judged else ""
     return found, f"Held-out rows{how}.{head}"
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -59,6 +59,8 @@ class Facts:
     resumed: int = 0
     """The step that the run was continued after."""
     settings_notes: list[str] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
+    """What `lorakit eval` is told of each held-out source."""
 
 
 def facts_of(
@@ -99,12 +101,20 @@ def facts_of(
         accounts=[*(("read as", note) for note in held.notes), *_accounts(data)],
         details=[line for task in data.tasks if task.train.details for line in task.train.details.lines()],
         provenance=_provenance(settled, adapted, data, processes),
-        command=homeless(command_of(given)),
+        command=command_of(given),
         ends=list(ends),
         started=_started(out),
         resumed=resumed,
         settings_notes=list(notes),
+        measured=[said for source in settled.sources for said in _measured(*source)],
     )
+
+
+def _measured(train_data: str | dict[str, float], eval_data: str | None) -> list[str]:
+    """The flags of `lorakit eval` for the rows that one task held out: a source that was named for that is all of it."""
+    if eval_data is not None:
+        return [f"--data {word(eval_data)} --whole"]
+    return [f"--data {word(source)}" for source in ([train_data] if isinstance(train_data, str) else train_data)]
 
 
 def _json(value: Any) -> Any:
@@ -138,8 +148,14 @@ def homeless(value: Any) -> Any:
     return value
 
 
+def word(text: str) -> str:
+    """A word of a command as one types it; a home in front is ~ outside of the quotes, where a shell reads it."""
+    text = homeless(text)
+    return f"~/{shlex.quote(text[2:])}" if len(text) > 2 and text.startswith("~/") else shlex.quote(text)
+
+
 def command_of(config: TrainConfig) -> str:
-    """The command line that gives this configuration."""
+    """The command line that gives this configuration, to be shown: the home is ~."""
     words = ["lorakit train"]
     chosen = config.model_dump(mode="json", include=set(config.model_fields_set) - {"method_args"}) | config.method_args
     for key, value in chosen.items():
@@ -147,7 +163,7 @@ def command_of(config: TrainConfig) -> str:
             continue
         as_it_is = isinstance(value, str) and (key in FIELDS or yaml.safe_load(value) == value)
         text = value if as_it_is else yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-        words.append(f"--{key.replace('_', '-')} {shlex.quote(text)}")
+        words.append(f"--{key.replace('_', '-')} {word(text)}")
     return " ".join(words)
 
 

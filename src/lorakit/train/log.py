@@ -24,7 +24,7 @@ class MetricsLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        self._cut(_whole_lines(self.path))
+        self._cut(_whole_lines(self.path.read_bytes()))
         self._file = self.path.open("a", buffering=1, encoding="utf-8", newline="\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -70,9 +70,8 @@ class MetricsLog:
 
 def read_log(path: str | Path) -> list[Row]:
     """The rows of a metrics file, which may be in writing: a torn last line is left out, a broken one before it is an error."""
-    lines = Path(path).read_bytes()[: _whole_lines(Path(path))].splitlines()
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
+    data, rows = Path(path).read_bytes(), list[Row]()
+    for number, line in enumerate(data[: _whole_lines(data)].splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as e:
@@ -80,9 +79,9 @@ def read_log(path: str | Path) -> list[Row]:
     return rows
 
 
-def _whole_lines(path: Path) -> int:
+def _whole_lines(data: bytes) -> int:
     """Bytes up to and including the last line break: what was written whole."""
-    return path.read_bytes().rfind(b"\n") + 1
+    return data.rfind(b"\n") + 1
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -97,7 +96,7 @@ def _plain(key: str, value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
+def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
     """Write beside `path`, then move over it: a reader sees the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

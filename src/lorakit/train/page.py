@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from lorakit.train.chart import brief
+from lorakit.train.log import replace_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONGEST = 3000
@@ -30,6 +31,11 @@ def environment() -> jinja2.Environment:
 def render(template: str, **values: Any) -> str:
     """The page as text that UTF-8 can hold."""
     return environment().get_template(template).render(values)
+
+
+def write(path: Path, text: str) -> Path:
+    """A page as a file that is there whole or not at all."""
+    return replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace", newline="\n"))
 
 
 def plain(value: Any, limit: int = LONGEST) -> str:

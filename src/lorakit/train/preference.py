@@ -229,7 +229,11 @@ class KTO(Aim):
         up = sum(item.desirable for item in items)
         ups, downs = self.desirable_weight * up, self.undesirable_weight * (len(items) - up)
         if not ups or not downs:
-            return [f"of {len(items)} answers {up} are desirable: KTO needs both kinds to tell them apart"]
+            only, does, missing = ("desirable", "more", "avoid") if ups else ("undesirable", "less", "say instead")
+            return [
+                f"of {len(items)} answers {up} are desirable, and only {only} ones have a weight: KTO makes them all {does} likely, "
+                f"nothing says what to {missing}, and reward margins compare with nothing; KTO needs both kinds to tell them apart"
+            ]
         if 0.9 <= ups / downs <= 1.1 * 4 / 3:  # a held-out part was taken from both
             return []
         low = self.undesirable_weight * (len(items) - up) / up
@@ -245,5 +249,5 @@ def _either(wanted: Tensor, up: float, down: float, like: Tensor) -> Tensor:
 
 
 def _sums(*columns: Tensor) -> Tensor:
-    """Each column's sum, exact in float64 for what fp32 holds."""
-    return torch.stack([column.detach().cpu().double().sum() for column in columns])
+    """The sum of each of the equally long columns, exact in float64 for what fp32 holds; they leave the device together."""
+    return torch.stack([column.detach().to(columns[0].dtype) for column in columns]).cpu().double().sum(-1)

@@ -62,7 +62,9 @@ def under(name: Any, values: Mapping[str, Any], known: Mapping[str, Any]) -> tup
         raise BadParameter(f"preset={name!r} is no name; lorakit presets lists them, auto chooses one")
     model = str(values.get("model", "bundled"))
     found = preset_of(model) if name == "auto" else preset(name)
-    open_ = {k: v for k, v in found.values.items() if k not in values and (k != "sites" or k in known)}
+    open_ = {
+        k: v for k, v in found.values.items() if k not in values and (k != "sites" or (k in known and values.get("init_adapter") is None))
+    }
     if "chat_template" in open_ and facts_of(model).chat_template:
         del open_["chat_template"]
     said = ", ".join(f"{k} {v}" for k, v in open_.items())

@@ -5,7 +5,6 @@ the end with the held-out figures of the base beside the adapter's, and some hel
 """
 
 import math
-import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lorakit.core.errors import one_line
+from lorakit.train import page
 from lorakit.train.answers import Sample
 from lorakit.train.chart import Chart, Line, chart, curve
-from lorakit.train.facts import Facts, Pairs, now
-from lorakit.train.log import Row, read_log, replace_file
+from lorakit.train.facts import Facts, Pairs, now, word
+from lorakit.train.log import Row, read_log
 from lorakit.train.page import duration, render, size
+from lorakit.train.runs import newest
 
 NAME = "report.html"
 SHARE, PAUSE = 0.02, 3.0
@@ -58,19 +60,21 @@ class Report:
     def __call__(self, row: Row) -> None:
         """A row was recorded."""
         began = time.monotonic()
-        if began >= self._next:
+        if began < self._next:
+            return
+        try:
             self.write()
-            done = time.monotonic()
-            self._next = done + max(PAUSE, (done - began) / SHARE)
+        except Exception as error:  # a full disk, say: the run goes on, and its page is tried again when it has ended
+            self.notes.append(f"{NAME} was not refreshed: {one_line(error)}")
+            self._next = math.inf
+            return
+        done = time.monotonic()
+        self._next = done + max(PAUSE, (done - began) / SHARE)
 
     def write(self, outcome: Outcome | None = None) -> Path:
         """Write the page; without an outcome, of a run that is not finished."""
         text = page_of(self.facts, read_log(self.out / "metrics.jsonl"), outcome, self.notes)
-        return replace_file(self.out / NAME, lambda partial: _store(partial, text))
-
-
-def _store(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        return page.write(self.out / NAME, text)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the page
@@ -104,8 +108,8 @@ def _state(facts: Facts, outcome: Outcome | None, last: int) -> str:
 def _tiles(facts: Facts, rows: Sequence[Row], outcome: Outcome | None) -> list[tuple[str, Any, str]]:
     """(what, number or words, remark) of the figures at the head of the page."""
     found: list[tuple[str, Any, str]] = []
-    final: Figures = outcome.final if outcome else _latest(rows)
-    for key in ("loss", "accuracy", "bits_per_byte", "reward_accuracy", "forgetting"):
+    final: Figures = outcome.final if outcome else newest(rows)
+    for key in ("loss", "accuracy", "bits_per_byte", "forgetting", "margin", "entity_f1", "macro_f1"):
         if key in final and len(found) < 3:
             base = outcome.base.get(key) if outcome and not outcome.compared else None
             found.append((words(key), final[key], "" if base is None else f"base {base:.4g}"))
@@ -121,15 +125,9 @@ def _tiles(facts: Facts, rows: Sequence[Row], outcome: Outcome | None) -> list[t
     return found
 
 
-def _latest(rows: Sequence[Row]) -> dict[str, float]:
-    """The newest held-out figures among the rows."""
-    judged = [row for row in rows if isinstance(row.get("eval_loss"), float | int)]
-    return {k.removeprefix("eval_"): v for k, v in (judged[-1] if judged else {}).items() if k.startswith("eval_") and v is not None}
-
-
 def words(key: str) -> str:
     """A figure's name as people write it."""
-    return {"loss": "held-out loss", "bits_per_byte": "bits per byte", "macro_f1": "macro F1"}.get(key, key.replace("_", " "))
+    return "held-out loss" if key == "loss" else key.replace("_", " ").replace("f1", "F1")
 
 
 def compared(base: Figures, final: Figures) -> list[tuple[str, float | None, float | None, float | None]]:
@@ -200,16 +198,15 @@ def _tasks(sources: Sequence[str], borders: Sequence[Sequence[Figures]]) -> list
 
 def usage(facts: Facts) -> Pairs:
     """What one does next."""
-    folder = shlex.quote(f"{dict(facts.provenance)['output folder']}/adapter")
+    path = f"{dict(facts.provenance)['output folder']}/adapter"
+    folder, loaded = word(path), f"os.path.expanduser({path!r})" if path.startswith("~") else repr(path)
     talk = [("talk to it", f"lorakit chat {folder}")] if facts.shape in ("chat", "preference", "feedback") else []
     say = [] if facts.shape in ("classify", "tag") else [("continue a text", f"lorakit generate {folder} --prompt 'Once'")]
-    data = shlex.quote(facts.sources[0]) if facts.sources else "DATA"
-    python = f"lorakit.load(model, {dict(facts.provenance)['output folder'] + '/adapter'!r})"
     return [
         *talk,
         *say,
-        ("measure it", f"lorakit eval {folder} --data {data}"),
+        *(("measure it", f"lorakit eval {folder} {said}") for said in dict.fromkeys(facts.measured)),
         ("look into it", f"lorakit inspect {folder}"),
         ("merge it into a copy of the base", f"lorakit merge {folder} --out merged"),
-        ("use it in Python", python),
+        ("use it in Python", f"lorakit.load(model, {loaded})"),
     ]

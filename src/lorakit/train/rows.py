@@ -1,5 +1,6 @@
 """The rows of a run: read from the configuration's sources, both sides of each."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,8 @@ NEEDS = {
     "kto": "{prompt, completion, label: true or false} or {prompt, chosen, rejected} rows",
     "causal-lm": "text, chat or {prompt, completion} rows",
 }
+READING = ("data_format", "columns", "skip_bad", "eval_fraction")
+"""Keys that say how a source is read and divided."""
 LABELS: dict[str, Callable[[Row], Sequence[Any]]] = {
     "sequence-classification": lambda row: (row["label"],),
     "token-classification": lambda row: row["tags"],
@@ -104,9 +107,34 @@ def read_rows(config: TrainConfig, train_data: str | Mapping[str, float] | None 
     return rows
 
 
+def remembered(config: TrainConfig) -> dict[str, Any]:
+    """What an adapter's meta says of how its rows were read and divided, to be done so again: {reading, eval_data} as far as given."""
+    usual = {key: TrainConfig.model_fields[key].get_default(call_default_factory=True) for key in READING}
+    said = {key: getattr(config, key) for key in READING if getattr(config, key) != usual[key]}
+    held = {"eval_data": config.model_dump(mode="json")["eval_data"]} if config.eval_data is not None else {}
+    return ({"reading": said} if said else {}) | held
+
+
+def recalled(meta: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The keys that `remembered` left of a source; {} for another one than the adapter's own. What they hold is not checked."""
+
+    def names(said: Any) -> set[str]:
+        return {os.path.expanduser(one) for one in ([said] if isinstance(said, str) else said or ()) if isinstance(one, str)}
+
+    own = names(meta.get("train_data")) | names(meta.get("eval_data"))
+    said = meta.get("reading")
+    if os.path.expanduser(source) not in own or not isinstance(said, Mapping):
+        return {}
+    return {key: said[key] for key in READING if key in said}
+
+
 def _load(config: TrainConfig, source: str, eval_data: str | None) -> Loaded:
     reading = Reading(config.data_format, config.columns, config.skip_bad)
-    return load_source(source, valid=eval_data, valid_fraction=config.eval_fraction, seed=0, reading=reading)
+    loaded = load_source(source, valid=eval_data, valid_fraction=config.eval_fraction, seed=0, reading=reading)
+    if source == eval_data and len(loaded.train) == len(loaded.valid) and loaded.train[0] == loaded.valid[0]:
+        note = f"{source}: nothing is held out: these rows are trained on, and the eval loss is theirs; leave eval_data out for a split"
+        return replace(loaded, notes=(*loaded.notes, note))
+    return loaded
 
 
 def _mixture(config: TrainConfig, weights: Mapping[str, float], eval_data: str | None) -> Loaded:

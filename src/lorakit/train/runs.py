@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.errors import BadParameter, LorakitError, did_you_mean
+from lorakit.core.errors import BadParameter, LorakitError, did_you_mean, one_line
 from lorakit.train.chart import Chart, Line, chart, curve
 from lorakit.train.log import Row, read_log
 
@@ -120,7 +120,7 @@ def read(folder: Path) -> Found:
         problems.append(f"{RECORD} holds no configuration")
     steps = _count(result.get("steps"))
     last = max((row["step"] for row in rows if _count(row.get("step")) is not None), default=0)
-    figures = _figures(result.get("final")) or _newest(rows)
+    figures = _figures(result.get("final")) or newest(rows)
     if result and (steps is None or not isinstance(result.get("final"), Mapping)):
         problems.append(f"{RESULT} lacks steps or final figures")
     trained = _count(result.get("trainable_params"))
@@ -155,7 +155,7 @@ def _json(path: Path, problems: list[str]) -> Mapping[str, Any]:
         _check(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read: {_line(error)}")
+        problems.append(f"{path.name} cannot be read: {one_line(error)}")
         return {}
     if not isinstance(value, dict):
         problems.append(f"{path.name} holds no JSON object")
@@ -170,7 +170,7 @@ def _rows(path: Path, problems: list[str]) -> list[Row]:
         _check(path)
         rows = read_log(path)
     except (OSError, ValueError, RecursionError, LorakitError) as error:
-        problems.append(f"{path.name} cannot be read: {_line(error)}")
+        problems.append(f"{path.name} cannot be read: {one_line(error)}")
         return []
     kept = [row for row in rows if isinstance(row, dict)]
     if len(kept) < len(rows):
@@ -187,7 +187,8 @@ def _check(path: Path) -> None:
         raise ValueError(f"it has {facts.st_size:,} bytes")
 
 
-def _newest(rows: Sequence[Row]) -> dict[str, float]:
+def newest(rows: Sequence[Row]) -> dict[str, float]:
+    """The latest held-out figures among a run's rows."""
     judged = [row for row in rows if _finite(row.get("eval_loss")) is not None]
     return _figures({k.removeprefix("eval_"): v for k, v in judged[-1].items() if k.startswith("eval_")}) if judged else {}
 
@@ -209,10 +210,6 @@ def _count(value: Any) -> int | None:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------------------------- sorting

@@ -21,8 +21,9 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from lorakit.core.base import BaseSpec
-from lorakit.core.errors import BadParameter, CheckpointError
+from lorakit.core.errors import BadParameter, CheckpointError, did_you_mean
 from lorakit.parts.bases.quantize import quantize
+from lorakit.train.chat_templates import TEMPLATES
 from lorakit.train.config import BUNDLED
 from lorakit.train.packed_folder import is_packed, load_packed
 
@@ -48,8 +49,8 @@ def resolve(name: str) -> str:
     if name == BUNDLED:
         return str(bundled_base())
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
-    if os.path.exists(path):  # which Path.exists does not say of a name that is too long
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # Path.exists fails on a name that is too long, Path.expanduser on a user whom nobody knows
         return str(path)
     if looks_local:
         raise BadParameter(f"no model folder at {name}; give a folder with config.json, a Hub name, or 'bundled'")
@@ -136,8 +137,10 @@ def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrained
 def _template_in(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadParameter(f"chat_template={file!r} is neither a Jinja template nor a readable file: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no UTF-8 text"
+        hint = did_you_mean(file, TEMPLATES)
+        raise BadParameter(f"chat_template={file!r} is neither a Jinja template nor a readable file: {why}. {hint}".rstrip()) from None
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:

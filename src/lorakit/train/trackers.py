@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lorakit.core.errors import BadParameter, MissingExtra
+from lorakit.core.errors import BadParameter, MissingExtra, one_line
 from lorakit.train.config import TrainConfig
 from lorakit.train.log import Row
 
@@ -58,7 +58,7 @@ class Trackers:
 
     def _drop(self, name: str, what: str, error: Exception) -> None:
         del self.running[name]
-        self.notes.append(f"{name} {what}: {_line(error)}")
+        self.notes.append(f"{name} {what}: {one_line(error)}")
 
 
 def start(config: TrainConfig, settings: Mapping[str, Any], *, step: int) -> Trackers:
@@ -77,7 +77,7 @@ def start(config: TrainConfig, settings: Mapping[str, Any], *, step: int) -> Tra
                 tracker.tracker.define_metric("*", step_metric="step")
         except Exception as error:
             trackers.close()
-            raise BadParameter(f"report_to: {name} cannot start: {_line(error)}; use another tracker, or report_to=none") from None
+            raise BadParameter(f"report_to: {name} cannot start: {one_line(error)}; use another tracker, or report_to=none") from None
     return trackers
 
 
@@ -119,7 +119,3 @@ def _tag(key: str) -> str:
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Values that every tracker takes: numbers and strings as they are, all else as JSON."""
     return {k: v if isinstance(v, bool | int | float | str) else json.dumps(v, default=str) for k, v in settings.items() if v is not None}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -39,7 +39,7 @@ from lorakit.train.facts import facts_of, started
 from lorakit.train.log import read_log
 from lorakit.train.preference import REFERENCE
 from lorakit.train.report import Report
-from lorakit.train.rows import Rows, read_tasks
+from lorakit.train.rows import Rows, read_tasks, remembered
 from lorakit.train.run import Result, Run
 from lorakit.train.source_model import CLASSIFY, HEADED, head_of, load_model, load_tokenizer
 from lorakit.train.state import read_state
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, quiet: bool = False, notes: Sequence[str] = ()
         print(f"data: {note}", file=sys.stderr, flush=True)
     if parts.choice and here.main and not quiet:
         print(f"torch_compile: {parts.choice}", file=sys.stderr, flush=True)
-    same_start(out, parts.begun)
+    same_start(out, parts)
     trackers = Trackers()
     try:
         if here.main:
@@ -232,6 +232,7 @@ def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedToke
     facts: dict[str, Any] = {"model": config.model, "task": data.task, "labels": data.labels, "dtype": config.dtype}
     facts["data_hash"] = [task.hash for task in data.tasks] if data.later else data.hash
     facts["max_length"] = config.max_length
+    facts |= remembered(config)
     if data.train.aim is not None:
         facts["aim"] = data.train.aim.keys()
     return facts | {"train_data": config.model_dump(mode="json")["train_data"], "chat_template": tokenizer.chat_template}
@@ -264,10 +265,16 @@ def earlier(out: Path, config: TrainConfig, here: World) -> Result | None:
     return read_result(out)
 
 
-def same_start(out: Path, begun: Beginning | None) -> None:
-    """Raise BadParameter where `out` holds a run that began with another adapter, though its folder is called the same."""
-    record = out / "run.json"
-    saved = json.loads(record.read_text(encoding="utf-8")).get("init_adapter") if record.exists() else None
+def same_start(out: Path, parts: Parts) -> None:
+    """Raise BadParameter where `out` holds a run that began with another adapter or other rows, though they are called the same."""
+    record, begun = out / "run.json", parts.begun
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if known.get("data_hash") not in (None, [task.hash for task in parts.data.tasks]):
+        raise BadParameter(
+            f"cannot resume {out}: {parts.config.train_data} does not hold the rows any more that the run began with; bring them back, "
+            "or use another --output-dir"
+        )
+    saved = known.get("init_adapter")
     if saved is not None and begun is not None and saved != begun.facts():
         raise BadParameter(
             f"cannot resume {out}: {begun.folder} is not the adapter any more that the run began with; bring that one back, "

@@ -93,7 +93,8 @@ def test_llama_factory_learns_as_it_does() -> None:
     assert config(FACTORY | {"lora_rank": 32}).method_args["alpha"] == 64.0, "alpha is twice the rank"
     assert config(FACTORY, r=4).method_args["alpha"] == 8.0, "whoever says the rank"
     assert config(FACTORY | {"lora_alpha": 3}).method_args["alpha"] == 3
-    assert config(FACTORY | {"stage": "pt"}).packing is True
+    text = config(FACTORY | {"stage": "pt"})
+    assert text.packing and "packing" not in text.model_fields_set, "where it cannot be exact, samples are padded"
 
 
 def test_axolotl_learns_as_it_does() -> None:
@@ -101,6 +102,8 @@ def test_axolotl_learns_as_it_does() -> None:
     assert got.method_args == {"r": 16, "alpha": 32, "dropout": 0.0, "sites": ["q_proj", "v_proj"]}, "PEFT's default modules of llama"
     assert (got.learning_rate, got.num_train_epochs, got.lr_scheduler_type, got.max_length, got.seed) == (2e-4, 1.0, "cosine", 512, 42)
     assert (got.packing, got.warmup_ratio, got.per_device_eval_batch_size) == (False, 0.03, 2)
+    says(read(AXOLOTL), "warm-up is 3 % of the steps; axolotl's ends after 100 of them")
+    assert "warm-up" not in "".join(read(AXOLOTL | {"warmup_steps": 10}).notes) + "".join(read(AXOLOTL, warmup_steps=10).notes)
     for left_out, message in (
         ("adapter", "add adapter: lora"),
         ("lora_alpha", "no default of lora_alpha"),
@@ -195,7 +198,8 @@ def test_a_base_in_four_bits() -> None:
     ],
 )
 def test_precision(keys: dict[str, Any], dtype: str) -> None:
-    assert config(FACTORY | keys).dtype == config(AXOLOTL | keys).dtype == config(TRL | keys).dtype == dtype
+    assert config(FACTORY | keys).dtype == config(TRL | keys).dtype == dtype
+    assert config(AXOLOTL | keys).dtype == (dtype if "bf16" in keys else "bfloat16"), "its bf16 is auto"
     assert config(TRL | {"torch_dtype": "torch.bfloat16"}).dtype == "bfloat16"
     assert config(TRL | {"dtype": "float32", "bf16": True}).dtype == "float32"
 
@@ -312,6 +316,7 @@ def test_dataset_info_becomes_format_and_columns(entry: dict[str, Any], keys: di
 def test_several_data_sets() -> None:
     info({"a": {"file_name": "a.json"}, "b": {"file_name": "b.json"}, "hub": {"hf_hub_url": "org/rows", "subset": "en"}})
     both = config(FACTORY | {"dataset": "a,b", "max_samples": 10})
+    says(read(FACTORY | {"dataset": "a,b", "max_samples": 10}), "the first of the mixture; LLaMA-Factory takes 10 of each")
     assert both.train_data == {"data/a.json": 1.0, "data/b.json": 1.0} and both.mix_strategy == "passes" and both.max_train_samples == 20
     shares = config(FACTORY | {"dataset": "a,b", "mix_strategy": "interleave_under", "interleave_probs": "0.3,0.7"})
     assert shares.train_data == {"data/a.json": 0.3, "data/b.json": 0.7} and shares.mix_strategy == "under"
@@ -374,6 +379,39 @@ def test_what_is_held_out() -> None:
     assert config(FACTORY | {"eval_dataset": "more.jsonl"}).eval_data == "more.jsonl"
     assert config(AXOLOTL | {"test_datasets": [{"path": "more.jsonl", "split": "train"}]}).eval_data == "more.jsonl"
     assert config(TRL, eval_fraction=0.3).eval_data is None
+
+
+def test_a_held_out_source_is_read_as_the_other_one() -> None:
+    other = {"file_name": "b.json", "columns": {"prompt": "ask"}}
+    info({"a": {"file_name": "a.json"}, "b": other, "c": {"file_name": "c.json"}, "d": other | {"file_name": "d.json"}})
+    assert config(FACTORY | {"dataset": "a", "eval_dataset": "c"}).eval_data == "data/c.json"
+    got = config(FACTORY | {"dataset": "b", "eval_dataset": "d"})
+    assert (got.eval_data, got.columns) == ("data/d.json", {"instruction": "ask"})
+    for train, held in ("ab", "ba"):
+        with pytest.raises(BadParameter, match="eval_dataset: its rows have another format or other columns"):
+            config(FACTORY | {"dataset": train, "eval_dataset": held})
+    with pytest.raises(BadParameter, match="test_datasets: its rows have another format"):
+        config(AXOLOTL | {"test_datasets": [{"path": "more.jsonl", "type": "alpaca"}]})
+
+
+@pytest.mark.parametrize("extra", [{"colums": {}}, {"columns": {"promt": "ask"}}, {"tags": {"rol_tag": "from"}}])
+def test_a_word_of_dataset_info_that_nobody_knows_is_an_error(extra: dict[str, Any]) -> None:
+    info({"a": {"file_name": "a.json"} | extra})
+    with pytest.raises(BadParameter, match=r"dataset_info.json: a: .*is unknown\. Did you mean '(columns|prompt|role_tag)'"):
+        config(FACTORY | {"dataset": "a"})
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        FACTORY | {"adapter_name_or_path": "saved"},
+        {key: value for key, value in AXOLOTL.items() if not key.startswith("lora")} | {"lora_model_dir": "saved"},
+        TRL | {"init_adapter": "saved"},
+    ],
+)
+def test_a_saved_adapter_keeps_its_own_parameters(file: dict[str, Any]) -> None:
+    got = config(file)
+    assert (got.init_adapter, got.method_args) == ("saved", {})
 
 
 def test_templates(tmp_path: Path) -> None:

@@ -54,8 +54,11 @@ def settle(draft: Draft) -> None:
         raise BadParameter("axolotl has no default of learning_rate; give it, e.g. learning_rate: 2e-4")
     if draft.get("auto_resume_from_checkpoints") is True:
         draft.put("resume", "auto", "auto_resume_from_checkpoints")
-    if draft.whole and not any(key in draft.given for key in ("warmup_steps", "warmup_ratio")):
+    if not any(key in draft.given or key in draft.own for key in ("warmup_steps", "warmup_ratio")) and draft.whole:
         draft.default("warmup_ratio", 0.03)
+        draft.notes.append("warm-up is 3 % of the steps; axolotl's ends after 100 of them: give warmup_steps 100 for more than 3,333 steps")
+    if not any(key in draft.given for key in ("bf16", "bfloat16", "float32")):
+        draft.default("dtype", "bfloat16")  # its bf16 is auto
 
 
 def _adapter(draft: Draft) -> None:
@@ -89,7 +92,7 @@ def _adapter(draft: Draft) -> None:
     if "lora_modules_to_save" in draft.given and draft.get("lora_modules_to_save"):
         args["unfreeze"] = (words(draft.get("lora_modules_to_save")), "lora_modules_to_save")
     missing = [key for key, ours in (("lora_r", "r"), ("lora_alpha", "alpha")) if key not in draft.given and ours not in draft.own]
-    if draft.whole and kind is not None and missing and "method" not in draft.own:
+    if draft.whole and kind is not None and missing and not {"method", "init_adapter"} & {*draft.own, *draft.values}:
         raise BadParameter(f"axolotl has no default of {' and '.join(missing)}; give what is missing, as in lora_r: 16, lora_alpha: 32")
     choose_method(draft, parts, args, {"dropout": 0.0} | ({} if "sites" in args else {"sites": _targets(draft)} if draft.whole else {}))
     if draft.get("load_in_4bit") is True:
@@ -129,7 +132,7 @@ def _data(draft: Draft) -> None:
     if len(held) > 1:
         raise draft.refuse("test_datasets", "one source is held out; join the files, or name one")
     fraction = number(draft, "val_set_size") if "val_set_size" in draft.given else 0.0
-    hold_out(draft, "val_set_size", fraction, eval_data=held[0].path if held else None, said="test_datasets")
+    hold_out(draft, "val_set_size", fraction, held=held[0] if held else None, said="test_datasets")
 
 
 _ENTRY = {
@@ -272,7 +275,10 @@ def _sizes(draft: Draft) -> None:
                 raise BadParameter(f"batch_size {total} is no multiple of micro_batch_size {micro}")
             draft.put("gradient_accumulation_steps", total // micro, "batch_size")
         elif micro is None or steps is None or micro * steps != total:
-            raise BadParameter(f"batch_size {total} says the same as micro_batch_size and gradient_accumulation_steps; give those two")
+            raise BadParameter(
+                f"batch_size {total} is axolotl's for micro_batch_size times gradient_accumulation_steps; give those two, or "
+                "per_device_train_batch_size for the rows of one forward"
+            )
     if "micro_batch_size" in draft.given and "eval_batch_size" not in draft.given:
         draft.default("per_device_eval_batch_size", draft.get("micro_batch_size"))
     if draft.get("eval_sample_packing") is not None and draft.get("eval_sample_packing") != draft.get("sample_packing"):

@@ -5,6 +5,7 @@ what its columns are called.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def _stage(draft: Draft) -> None:
     if (kind := draft.get("finetuning_type", "lora")) != "lora":
         other = "oft" if kind == "oft" else "full weights"
         raise draft.refuse("finetuning_type", f"{other} are no method of lorakit; use lora, or another of lorakit list (method: bitfit)")
-    if draft.whole and "packing" not in draft.given and not draft.get("neat_packing"):
-        draft.default("packing", stage == "pt")
+    if stage != "pt" and "packing" not in draft.given and not draft.get("neat_packing"):
+        draft.default("packing", False)
     if draft.get("neat_packing") is True:
         draft.put("packing", True, "neat_packing")
     if "packing" in draft.given:
@@ -145,23 +146,23 @@ def _data(draft: Draft) -> None:
         draft.put("mix_strategy", str(draft.get("mix_strategy")).removeprefix("interleave_").replace("concat", "passes"), "mix_strategy")
     if "max_samples" in draft.given:
         n = int(number(draft, "max_samples"))
-        why = f"{n} for each of {len(sources)} data sets" if len(sources) > 1 else ""
+        why = f"the first of the mixture; LLaMA-Factory takes {n} of each" if len(sources) > 1 else ""
         draft.put("max_train_samples", n * max(len(sources), 1), "max_samples", why=why)
     held = read_info(draft, "eval_dataset") if "eval_dataset" in draft.given else []
     if len(held) > 1:
         raise draft.refuse("eval_dataset", "one source is held out; join the files, or name one")
     fraction = number(draft, "val_size") if "val_size" in draft.given else 0.0
-    hold_out(draft, "val_size", fraction, eval_data=held[0].path if held else None, said="eval_dataset")
+    hold_out(draft, "val_size", fraction, held=held[0] if held else None, said="eval_dataset")
     if "max_samples" in draft.given and "max_eval_samples" not in draft.values and held:
         draft.values["max_eval_samples"] = int(number(draft, "max_samples"))
 
 
 def read_info(draft: Draft, key: str) -> list[Source]:
     """The data sets named by `dataset` or `eval_dataset`, as dataset_info.json describes them. Raises BadParameter."""
-    folder = Path(str(draft.get("dataset_dir", "data"))).expanduser()
+    folder = Path(os.path.expanduser(str(draft.get("dataset_dir", "data"))))
     file = folder / "dataset_info.json"
     info: dict[str, Any] = {}
-    if file.exists():
+    if os.path.exists(file):
         try:
             info = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -172,7 +173,7 @@ def read_info(draft: Draft, key: str) -> list[Source]:
     for name in words(draft.get(key)):
         if name in info:
             sources.append(_entry(draft, key, name, info[name], folder))
-        elif (path := next((p for p in (Path(name).expanduser(), folder / name) if p.exists()), None)) is not None:
+        elif (path := next((p for p in (Path(os.path.expanduser(name)), folder / name) if os.path.exists(p)), None)) is not None:
             sources.append(Source(str(path)))  # a file where a name is expected: what somebody types who tries
         elif name.startswith(("hf:", "builtin:")) or draft.get("dataset_dir") == "ONLINE":
             sources.append(Source(hub_or_file(name)))
@@ -184,9 +185,14 @@ def read_info(draft: Draft, key: str) -> list[Source]:
 
 _COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"},
-    "sharegpt": {"messages": "conversations", "system": "system"},
+    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
 }
 """Their name of a column: what it is called if nothing is said, which is also what we call it."""
+_ENTRY = (
+    "file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_sha1", "formatting", "ranking", "subset",
+    "split", "folder", "num_samples", "columns", "tags",
+)  # fmt: skip
+_NAMED = ("chosen", "rejected", "kto_tag", "images", "videos", "audios", *_COLUMNS["alpaca"], *_COLUMNS["sharegpt"])
 _ROLES = {
     "user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "system_tag": ("system",),
     "observation_tag": ("observation", "tool"),
@@ -198,7 +204,7 @@ def _entry(draft: Draft, key: str, name: str, entry: Any, folder: Path) -> Sourc
     where = f"dataset_info.json: {name}"
     if not isinstance(entry, dict):
         raise BadParameter(f"{where} is {show(entry)}; expected {{file_name: …}}")
-    for odd in ("script_url", "ms_hub_url", "cloud_file_name", "folder"):
+    for odd in ("script_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "folder"):
         if entry.get(odd) and not entry.get("file_name") and not entry.get("hf_hub_url"):
             raise BadParameter(f"{where}: {odd} is not read; give file_name or hf_hub_url")
     if entry.get("num_samples"):
@@ -217,6 +223,10 @@ def _entry(draft: Draft, key: str, name: str, entry: Any, folder: Path) -> Sourc
             isinstance(name, str) for name in (*found, *(v for v in found.values() if v is not None))
         ):
             raise BadParameter(f"{where}: {what} is {show(found)}; expected a mapping of names")
+    for what, found, known in (("", entry, _ENTRY), ("columns: ", columns, _NAMED), ("tags: ", tags, ("role_tag", "content_tag", *_ROLES))):
+        for odd in found:
+            if odd not in known:
+                raise BadParameter(f"{where}: {what}{odd!r} is unknown. {did_you_mean(str(odd), known)}".rstrip())
     if any(columns.get(odd) for odd in ("images", "videos", "audios")):
         raise BadParameter(f"{where} has images, videos or audio; {MEDIA}")
     kind = entry.get("formatting", "alpaca")

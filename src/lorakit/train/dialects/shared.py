@@ -3,6 +3,7 @@
 Names and defaults of TrainingArguments as of transformers 5.23, with some that older files still hold.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -274,6 +275,8 @@ def choose_method(draft: Draft, parts: list[tuple[str, str]], args: Mapping[str,
         draft.notes.append(f"{', '.join(dict.fromkeys(key for _, key in parts))} -> method {name}")
     for ours, (value, key) in args.items():
         draft.put(ours, value, key)
+    if draft.known("init_adapter") is not None:
+        return  # a saved adapter's parameters are its own
     known = describe(str(draft.known("method") or "lora")).parameters
     for ours, value in defaults.items():
         if ours in known:
@@ -329,7 +332,7 @@ def named_template(draft: Draft, key: str, name: str, *, keep_own: bool) -> None
 
     if keep_own and facts_of(str(draft.known("model") or "bundled")).chat_template:
         draft.without_effect(f"{key} {name}", "the tokenizer's own chat template is used")
-    elif "{" in name or Path(name).is_file():
+    elif "{" in name or os.path.isfile(name):
         draft.put("chat_template", name, key)
     elif (ours := template_named(name)) is not None:
         draft.put("chat_template", ours, key)
@@ -341,10 +344,16 @@ HELD = 100
 """Rows that are evaluated where nothing is held out."""
 
 
-def hold_out(draft: Draft, key: str, fraction: float, *, eval_data: str | None, said: str) -> None:
-    """The held-out side: a source, a fraction, or nothing, where all rows are trained on and the first of them are evaluated, too."""
-    if eval_data is not None:
-        draft.put("eval_data", eval_data, said)
+def hold_out(draft: Draft, key: str, fraction: float, *, held: Source | None = None, said: str = "") -> None:
+    """The held-out side: a source, a fraction, or nothing, where all rows are trained on and the first of them are evaluated, too.
+
+    One data_format and one set of columns hold for both sides.
+    """
+    if held is not None:
+        kind, columns = draft.values.get("data_format", held.format), draft.values.get("columns", {})
+        if held.format not in ("auto", kind) or dict(columns) != dict(held.columns):
+            raise BadParameter(f"{said}: its rows have another format or other columns than those trained on; write them alike")
+        draft.put("eval_data", held.path, said)
     elif fraction >= 1:
         raise draft.refuse(key, "a number of rows cannot be held out, a share can: give 0.1, or a file as eval_data")
     elif fraction > 0:
@@ -362,8 +371,8 @@ def hold_out(draft: Draft, key: str, fraction: float, *, eval_data: str | None, 
 
 def hub_or_file(path: str, configuration: str | None = None) -> str:
     """A data set as tools name it: what exists here, or looks like a path, is local; anything else is of the Hub."""
-    local = Path(path).expanduser()
-    if local.exists() or path.startswith((".", "/", "~", "hf:", "builtin:")) or local.suffix in SUFFIXES:
+    local = Path(os.path.expanduser(path))
+    if os.path.exists(local) or path.startswith((".", "/", "~", "hf:", "builtin:")) or local.suffix in SUFFIXES:
         return path
     return f"hf:{path}:{configuration}" if configuration else f"hf:{path}"
 

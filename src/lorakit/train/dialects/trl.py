@@ -4,6 +4,7 @@ What `trl sft --config FILE` reads. That it is DPO or KTO stands in the command 
 (`beta`, `desirable_weight`), by `task`, or by the rows.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def _holds_chats(train_data: Any) -> bool:
     from lorakit.data.folder import open_file
 
     first = next(iter(train_data), "") if isinstance(train_data, dict) else train_data
-    path = Path(str(first)).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(str(first)))
+    if not os.path.isfile(path):
         return True
     try:
         row = open_file(path).read(0)
@@ -152,7 +153,7 @@ def _data(draft: Draft) -> None:
         draft.put("columns", columns, "dataset_text_field")
     if "dataset_config" in draft.given and not str(draft.known("train_data")).startswith("hf:"):
         draft.without_effect("dataset_config", "a file has no configurations")
-    hold_out(draft, "eval_strategy", 0.0, eval_data=None, said="")
+    hold_out(draft, "eval_strategy", 0.0)
     if "dataset_test_split" in draft.given:
         draft.without_effect("dataset_test_split", "give a file as eval_data to hold other rows out")
 
