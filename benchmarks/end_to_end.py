@@ -43,9 +43,9 @@ from benchmarks import harness
 from benchmarks.harness import ROOT, Paired, Row, Target
 from lorakit.data.builtin import load_name
 from lorakit.data.encoded import IGNORED
-from lorakit.data.source import load_rows
 from lorakit.data.pack import pack
 from lorakit.data.pad import pad
+from lorakit.data.source import load_rows
 from lorakit.data.tokenize import tokenize_rows, trained_bytes
 from lorakit.train.config import BUNDLED
 from lorakit.train.dataset import Side
