@@ -1,6 +1,7 @@
 """`lorakit inspect` and `lorakit convert`: adapters at rest."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,7 +125,7 @@ def statistics(
     from lorakit.serve.open import open_adapter
     from lorakit.serve.statistics import collect, save_statistics
 
-    if not out or Path(out).is_dir():
+    if not out or os.path.isdir(out):
         raise BadParameter(f"--out {out!r} is no name of a file; expected a new one, as in --out {kind}.safetensors")
     found = collect(open_adapter(adapter, model=model), data, kind, whole=whole, limit=max_samples, max_length=max_length)
     print(f"{kind} of {len(found)} sites:", save_statistics(found, out))

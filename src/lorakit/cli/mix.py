@@ -1,5 +1,6 @@
 """`lorakit mix`: several adapters to one."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -209,7 +210,7 @@ def _number(word: str) -> float | None:
 
 
 def _file(word: str) -> str | None:
-    return None if Path(word).is_dir() else word
+    return None if os.path.isdir(word) else word
 
 
 SEVERAL: dict[str, Callable[[str], Any]] = {"weights": _number, "stats": _file}

@@ -4,6 +4,7 @@ A local folder is read file by file. For a Hub name Transformers is asked, which
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ def facts_of(name: str) -> ModelFacts:
     from lorakit.train.source_model import resolve
 
     source = resolve(name)
-    folder = Path(source)
-    if folder.is_dir():
-        return read_facts(folder)
+    if os.path.isdir(source):
+        return read_facts(Path(source))
     from transformers import AutoConfig
 
     from lorakit.train.source_model import load_tokenizer

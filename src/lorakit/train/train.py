@@ -247,7 +247,10 @@ def seed_everything(seed: int) -> None:
 def earlier(out: Path, config: TrainConfig, here: World) -> Result | None:
     """Look at `out` before anything is loaded: a finished run to be resumed is returned, another run's folder is refused."""
     record, mine = out / "run.json", config.identity()
-    there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    try:
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"cannot write to output_dir {out}: {error.strerror}") from None
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):  # made only when everything that the user typed has proved right
         raise CheckpointError(f"cannot write to output_dir {out}: {there} is {'not writable' if there.is_dir() else 'a file'}")
     known = record.exists()
