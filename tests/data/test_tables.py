@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.core.errors import DataError
+from lorakit.data.records import Blocks
 from lorakit.data.row import BadRow
 from lorakit.data.source import load_rows, load_source
 from lorakit.data.tables import Tables, open_csv, saved_splits
@@ -179,3 +180,20 @@ def test_what_the_csv_module_writes_comes_back(tmp_path_factory, rows, end):
     rows = [{"a": a, "b": b} for a, b in rows]
     path = written(tmp_path_factory.mktemp("csv"), as_csv(rows, lineterminator=end, quoting=csv.QUOTE_ALL))
     assert all_of(open_csv(path)) == rows
+
+
+def test_a_table_that_holds_fewer_rows_than_it_says_is_damaged():
+    class Short(Blocks):
+        def __len__(self) -> int:
+            return 3
+
+        def block(self, start: int, size: int) -> list[dict[str, str]]:
+            return [{"text": "a"}, {"text": "b"}][start : start + size]
+
+        def where(self, i: int) -> str:
+            return f"rows.parquet, row {i + 1}"
+
+    rows = Short()
+    assert rows.read(1) == {"text": "b"}
+    with pytest.raises(DataError, match="row 3 is missing: the file holds fewer rows"):
+        rows.read(2)

@@ -90,6 +90,8 @@ class Blocks(Records):
         start, made = self._made
         if not start <= i < start + len(made):
             made = self.block(i, self.BLOCK if i in (0, start + len(made)) else 1)
+            if not made:
+                raise DataError(f"{self.where(i)} is missing: the file holds fewer rows than it says; it is damaged, or was cut off")
             self._made = (i, made)
             start = i
         return dict(made[i - start])
