@@ -110,3 +110,8 @@ def test_predicates_are_sites_too() -> None:
     chosen: Any = lambda s: s.role == "q"  # noqa: E731
     adapted = attach(base(), get_method("lora", sites=chosen))
     assert {b.site.role for b in adapted.branches()} == {"q"}
+
+
+def test_an_integer_that_no_tensor_could_have_is_refused():
+    with pytest.raises(BadParameter, match="r=4294967297 is too large; expected at most 4294967296"):
+        get_method("vera", r=2**32 + 1)

@@ -175,6 +175,10 @@ def _discover() -> None:
         point.load()
 
 
+LARGEST = 2**32
+"""Of any integer parameter: ranks, numbers of things, steps, seeds. A tensor of a larger side exists nowhere."""
+
+
 def list_methods() -> list[str]:
     """Names of all registered methods, sorted."""
     _discover()
@@ -214,6 +218,8 @@ def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
         return value
     if isinstance(value, str) and typing.get_origin(hint) is tuple:
         value = (value,)  # one name where several may stand
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise BadParameter(f"method {name!r}: {key}={value!r} is too large; expected at most {LARGEST}")
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:

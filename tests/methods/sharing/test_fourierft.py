@@ -361,3 +361,8 @@ def test_a_mutant_is_seen(name: str, change: Change, monkeypatch: pytest.MonkeyP
 
 def test_every_check_has_a_mutant() -> None:
     assert {name for name, _ in MUTANTS} == set(CHECKS)
+
+
+def test_a_matrix_whose_places_nobody_could_shuffle_is_refused():
+    with pytest.raises(BadParameter, match="2147483648 × 16 is too large for fourierft"):
+        fourierft.places(2**31, 16, 20, 777)

@@ -38,10 +38,17 @@ from lorakit.core.site import Site, Where
 from lorakit.ops import spectral
 from lorakit.parts.inits.random import normal, set_
 
+ENTRIES = 2**31
+"""Entries of the largest matrix: 8 bytes each while places are drawn."""
+
 
 @functools.lru_cache(maxsize=32)
 def places(d_out: int, d_in: int, n: int, seed: int) -> Tensor:
-    """E as n distinct flat positions in a d_out × d_in matrix, row by row."""
+    """E as n distinct flat positions in a d_out × d_in matrix, row by row. BadParameter for a matrix of more than ENTRIES entries."""
+    if d_out * d_in > ENTRIES:
+        raise BadParameter(
+            f"a matrix of {d_out} × {d_in} is too large for fourierft, which draws places among its entries; leave it out of sites"
+        )
     return torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(seed))[:n].clone()
 
 

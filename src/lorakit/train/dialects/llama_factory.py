@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.errors import BadParameter, did_you_mean
-from lorakit.train.dialects.rule import Dialect, Draft, Idle, Joint, Only, To, number, plain, show, words
+from lorakit.train.dialects.rule import Dialect, Draft, Idle, Joint, Only, To, is_number, number, plain, show, words
 from lorakit.train.dialects.shared import (
     CACHE,
     CODE,
@@ -96,7 +96,7 @@ def _method(draft: Draft) -> None:
     if "additional_target" in draft.given:
         args["unfreeze"] = (words(draft.get("additional_target")), "additional_target")
     r = plain(draft.own.get("r", draft.values.get("r", 8)))
-    if isinstance(r, bool) or not isinstance(r, int | float):
+    if not is_number(r):
         raise BadParameter(f"lora_rank {show(r)} is no number")
     choose_method(draft, parts, args, {"r": 8, "alpha": 2.0 * r, "dropout": 0.0, "sites": "all-linear"})
     _quantized(draft)

@@ -9,7 +9,6 @@ A dialect brings its own defaults for what a user left out where they decide wha
 it did. Keys that are empty (`wandb_project:`) count as left out.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -200,6 +199,11 @@ def words(value: Any) -> list[str]:
 def number(draft: Draft, key: str) -> float:
     """A number, or an error."""
     value = draft.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise BadParameter(f"{key}: {show(value)} is no number")
-    return value
+    return value  # type: ignore[no-any-return]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float holds: true is none, nor are NaN and what is infinite or would be."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
