@@ -266,3 +266,10 @@ def test_the_two_formats_do_not_share_a_folder(tmp_path):
         to_peft(adapted.state(), tmp_path / "ours")
     with pytest.raises(lorakit.CheckpointError, match="PEFT's format"):
         adapted.save(tmp_path / "theirs")
+
+
+def test_a_dora_without_a_magnitude_is_refused(tmp_path):
+    adapter = shaken(tiny_model("llama"), "dora", r=2).state()
+    del adapter.tensors["model.layers.0.self_attn.q_proj.m"]
+    with pytest.raises(lorakit.AdapterMismatch, match=r"layers.0.self_attn.q_proj.m is missing"):
+        to_peft(adapter, tmp_path / "out")

@@ -101,6 +101,8 @@ def dora(adapter: Adapter, model: nn.Module | None) -> Form[Pair] | None:
     if not isinstance(spec, LowRankSpec):
         return None
     factors = {site: deltas[site.name].factors() for site in adapter.sites}
+    if missing := [site.name for site in factors if "m" not in adapter.of(site)]:
+        raise AdapterMismatch(f"the tensor {missing[0]}.m is missing: DoRA has a magnitude at every site")
     pairs = [(site, Pair(site.kind, f.A, f.B, f.s, m=adapter.of(site)["m"])) for site, f in factors.items() if f is not None]
     modules, even = by_module(pairs, model)
     return Form(modules, spec.rank, fields={"use_dora": True}, restorable=even)
