@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.cli.flags import parse_flags
-from lorakit.cli.train import SETTINGS, SEVERAL, STRINGS, show_notes
+from lorakit.cli.train import SETTINGS, resolved_from, show_notes
 
 if TYPE_CHECKING:
     from lorakit.data.explain import Segment, View
@@ -44,17 +43,10 @@ def preprocess(
     lorakit preprocess run.yaml --debug --num 2 --row 11 shows rows 11 and 12 as the model will see them.
     """
     from lorakit.core.errors import BadParameter
-    from lorakit.train.config import load_config
 
-    extra = list(ctx.args)
-    if config is not None and config.startswith("--"):
-        extra, config = [config, *extra], None
-    flags = parse_flags(extra, strings=STRINGS, several=SEVERAL)
-    if config is None and "config" in flags:
-        config = flags.pop("config")
     if side not in ("train", "eval"):
         raise BadParameter(f"--side {side}: choose train or eval")
-    resolved = load_config(config, flags)
+    resolved = resolved_from(list(ctx.args), config)
     console = Console()
     show_notes(resolved.notes, console)
     _show(resolved.config, console, (num, row, side) if debug else None, quiet)

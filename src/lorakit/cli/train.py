@@ -4,13 +4,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
 from lorakit.cli.flags import parse_flags
+
+if TYPE_CHECKING:
+    from lorakit.train.config import Resolved
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 STRINGS = frozenset(
@@ -20,6 +23,18 @@ STRINGS = frozenset(
      "config"}
 )  # fmt: skip
 SEVERAL = frozenset({"train_data", "eval_data"})
+
+
+def resolved_from(extra: list[str], config: str | None) -> "Resolved":
+    """The configuration that a command line gives: a file's keys, and flags over them."""
+    from lorakit.train.config import load_config
+
+    if config is not None and config.startswith("--"):
+        extra, config = [config, *extra], None
+    flags = parse_flags(extra, strings=STRINGS, several=SEVERAL)
+    if config is None and "config" in flags:
+        config = flags.pop("config")
+    return load_config(config, flags)
 
 
 def train(
@@ -43,15 +58,7 @@ def train(
     """
     if keys:
         return print_keys()
-    from lorakit.train.config import load_config
-
-    extra = list(ctx.args)
-    if config is not None and config.startswith("--"):
-        extra, config = [config, *extra], None
-    flags = parse_flags(extra, strings=STRINGS, several=SEVERAL)
-    if config is None and "config" in flags:
-        config = flags.pop("config")
-    resolved = load_config(config, flags)
+    resolved = resolved_from(list(ctx.args), config)
     settings = resolved.config
     if dry_run:
         from lorakit.train.dry_run import dry_run as preview

@@ -30,6 +30,7 @@ from lorakit.data.sampler import Batches, permutation
 from lorakit.parts.posterior.fit import Laplace
 from lorakit.train.distributed import World
 from lorakit.train.metrics import forward_loss, forward_scored
+from lorakit.train.run import check_reached
 from lorakit.train.state import random_state, restore_random
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class OutsideRun:
     def _after_backward(self) -> None:
         rows = list(self.adapted.params())
         if self.info.index == 0:
-            _check_reached(rows)
+            check_reached(rows)
         self._complete(rows)
         for controller in self.controllers:
             controller.after_backward(self.info)
@@ -304,16 +305,6 @@ def _labeled(batch: Mapping[str, Any]) -> dict[str, Any]:
     if "labels" not in batch:
         raise Incompatible(f"this method looks at the loss of training batches, and the Trainer's have no labels, only {sorted(batch)}")
     return dict(batch)
-
-
-def _check_reached(rows: Sequence[Param]) -> None:
-    """Some modules read a neighbor's weight and never run; adapting them would be in vain."""
-    silent = [row.name for row in rows if row.tensor.grad is None]
-    if silent:
-        raise Incompatible(
-            f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): their modules never ran, or the Trainer's loss "
-            "goes around them; leave them out of sites (or of unfreeze)"
-        )
 
 
 def _same_everywhere(adapted: Adapted, name: str, world: World) -> None:

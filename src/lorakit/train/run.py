@@ -8,7 +8,7 @@ uneven token counts. A method's loop may do other things between before_forward 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from lorakit.core.attach import Adapted
 from lorakit.core.calibrate import Calibration
 from lorakit.core.errors import CheckpointError, Incompatible, LorakitError
 from lorakit.core.events import MicroBatches, Scored, Step, Task
-from lorakit.core.params import ParamTable
+from lorakit.core.params import Param, ParamTable
 from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.train.checkpoint import write_checkpoint
 from lorakit.train.compile import CompiledLayers
@@ -202,7 +202,7 @@ class Run:
                 loss.backward()
             nats, tokens = nats + shown.double().cpu(), tokens + n
         if info.index == 0:
-            _check_reached(table)
+            check_reached(table)
         grads = _grads(table)
         self.world.sum_(grads)
         total_nats, total_tokens, *totals = self.world.total(float(nats), tokens, *sums.tolist())
@@ -414,13 +414,14 @@ def _grads(table: ParamTable) -> list[Tensor]:
     return [row.tensor.grad for row in table if row.tensor.grad is not None]
 
 
-def _check_reached(table: ParamTable) -> None:
-    """Some modules read a neighbor's weight and never run; adapting them would be in vain."""
-    silent = [row.name for row in table if row.tensor.grad is None]
+def check_reached(rows: Iterable[Param]) -> None:
+    """Raise Incompatible where a parameter got no gradient: some modules read a neighbor's weight and never run, and a foreign loss may go
+    around others; adapting them would be in vain."""
+    silent = [row.name for row in rows if row.tensor.grad is None]
     if silent:
         raise Incompatible(
-            f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): "
-            "their modules never ran; leave them out of sites (or of unfreeze)"
+            f"{len(silent)} parameters got no gradient in the first step ({silent[0]}, …): their modules never ran, or the loss goes round "
+            "them; leave them out of sites (or of unfreeze)"
         )
 
 

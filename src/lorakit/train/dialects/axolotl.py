@@ -15,6 +15,7 @@ from lorakit.train.dialects.shared import (
     four_bits,
     hold_out,
     hub_or_file,
+    loraplus,
     named_template,
     per_epoch,
     precision,
@@ -80,11 +81,7 @@ def _adapter(draft: Draft) -> None:
     for key, method in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
         if draft.get(key) is True:
             parts.append((method, key))
-    if draft.get("loraplus_lr_ratio") is not None:
-        parts.append(("loraplus", "loraplus_lr_ratio"))
-        args["ratio"] = (number(draft, "loraplus_lr_ratio"), "loraplus_lr_ratio")
-        if "loraplus_lr_embedding" in draft.given:
-            args["embedding_lr"] = (number(draft, "loraplus_lr_embedding"), "loraplus_lr_embedding")
+    loraplus(draft, parts, args)
     if draft.get("lora_target_linear") is True:
         args["sites"] = ("all-linear", "lora_target_linear")
     elif "lora_target_modules" in draft.given:

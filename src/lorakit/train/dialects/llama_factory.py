@@ -20,6 +20,7 @@ from lorakit.train.dialects.shared import (
     choose_method,
     hold_out,
     hub_or_file,
+    loraplus,
     named_template,
     precision,
     put_sources,
@@ -86,11 +87,7 @@ def _method(draft: Draft) -> None:
     for key, method in (("use_rslora", "rslora"), ("use_dora", "dora")):
         if draft.get(key) is True:
             parts.append((method, key))
-    if draft.get("loraplus_lr_ratio") is not None:
-        parts.append(("loraplus", "loraplus_lr_ratio"))
-        args["ratio"] = (number(draft, "loraplus_lr_ratio"), "loraplus_lr_ratio")
-        if "loraplus_lr_embedding" in draft.given:
-            args["embedding_lr"] = (number(draft, "loraplus_lr_embedding"), "loraplus_lr_embedding")
+    loraplus(draft, parts, args)
     if "lora_target" in draft.given:
         args["sites"] = (sites_of(draft.get("lora_target")), "lora_target")
     if "additional_target" in draft.given:

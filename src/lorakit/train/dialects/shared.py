@@ -264,6 +264,15 @@ def four_bits(draft: Draft, key: str, *, nested: bool, method: list[str]) -> Non
         draft.put("double_quant", False, key, why="the base in NF4, its scales in fp32")
 
 
+def loraplus(draft: Draft, parts: list[tuple[str, str]], args: dict[str, tuple[Any, str]]) -> None:
+    """What LLaMA-Factory and axolotl call LoRA+'s keys."""
+    if draft.get("loraplus_lr_ratio") is not None:
+        parts.append(("loraplus", "loraplus_lr_ratio"))
+        args["ratio"] = (number(draft, "loraplus_lr_ratio"), "loraplus_lr_ratio")
+        if "loraplus_lr_embedding" in draft.given:
+            args["embedding_lr"] = (number(draft, "loraplus_lr_embedding"), "loraplus_lr_embedding")
+
+
 def choose_method(draft: Draft, parts: list[tuple[str, str]], args: Mapping[str, tuple[Any, str]], defaults: Mapping[str, Any]) -> None:
     """The method of several switches, `parts` (method, the key that asks for it), and its arguments (value, key); all in our words."""
     if parts:
