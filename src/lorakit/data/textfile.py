@@ -3,7 +3,7 @@
 Suffixes read: .txt .md .rst .py. In a folder they are found recursively, in the order of their relative paths; hidden files
 and folders (a leading dot) are passed over, and so are files without any text (an empty `__init__.py`).
 A file of more than PIECE bytes is several rows: it is cut at ends of lines (inside a line only where one alone is longer), so that it
-is never held whole.
+is never held whole; a piece of nothing but white space is no row.
 """
 
 from collections.abc import Sequence
