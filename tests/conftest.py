@@ -5,7 +5,10 @@ from collections.abc import Iterable
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
+settings.register_profile("lorakit", derandomize=True, deadline=None)  # the same cases on every machine; tests.fuzz draws new ones
+settings.load_profile("lorakit")
 os.environ.setdefault("LORAKIT_CACHE", "off")  # tests leave the cache of whoever runs them alone
 torch.set_num_threads(1)  # the same bits on every machine, and no fight over cores
 transformers.logging.set_verbosity_error()

@@ -17,7 +17,7 @@ SEGMENTS = st.sampled_from(["q", "k", "qq", "layers", "h", "0", "1", "10", "attn
 NAMES = st.lists(SEGMENTS, min_size=1, max_size=5).map(".".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     name=NAMES,
     wanted=st.one_of(st.lists(NAMES, max_size=3), st.sampled_from([".*q", r"h\.\d+\.q", "q|k"])),
@@ -51,7 +51,7 @@ class Named:
         return [("", None), *((n, None) for n in self.names)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(names=st.sets(NAMES, min_size=1, max_size=12), data=st.data())
 def test_targets_mean_these_modules_and_no_other(names, data):
     wanted = data.draw(st.sets(st.sampled_from(sorted(names)), min_size=1))

@@ -22,7 +22,7 @@ def by_peft(config, name):
     return r, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     r=st.integers(1, 9), alpha=st.floats(0.5, 64), rs=st.booleans(),
     ranks=st.dictionaries(KEYS, st.integers(1, 9), max_size=3), alphas=st.dictionaries(KEYS, st.floats(0.5, 64), max_size=3),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.data import tokenize
+from lorakit.data import tokenized
 from lorakit.data.tiny import tiny_model, tiny_tokenizer
 from lorakit.train.config import make_config
 from lorakit.train.dry_run import dry_run
@@ -105,7 +105,7 @@ def test_what_is_said_is_what_training_will_do(files: Path) -> None:
 
 
 def test_the_cache_is_filled(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "LARGE", 5)
+    monkeypatch.setattr(tokenized, "LARGE", 5)
     monkeypatch.setenv("LORAKIT_CACHE", str(files / "cache"))
     said = command(files, "text")
     assert f"cache: {files / 'cache' / 'tokens'}" in said

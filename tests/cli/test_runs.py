@@ -153,7 +153,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(record=JSON, result=JSON, rows=st.lists(JSON, max_size=4))
 def test_no_json_makes_it_fail(record: Any, result: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("any") / "run"

@@ -27,7 +27,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(mask_ops.keep_mask, (like, key(), torch.tensor(3), 0.25))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 9), max_size=3), st.floats(0, 1, exclude_max=True), st.integers(-(2**63), 2**63 - 1))
 def test_shape_values_and_replay(shape: list[int], p: float, seed: int) -> None:
     m = mask(tuple(shape), p=p, seed=seed)

@@ -1,13 +1,13 @@
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel
 from transformers import ByT5Tokenizer
 
 from lorakit.core.errors import DataError
-from lorakit.data.chat import encode_chat
+from lorakit.data.chat import Chats, encode_chat
 from lorakit.data.encoded import IGNORED
 from lorakit.data.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -44,7 +44,6 @@ content = st.text(alphabet=st.sampled_from("ab th\n  é中🙂def"), max_size=12
 conversations = st.lists(content, min_size=2, max_size=6)
 
 
-@settings(deadline=None)
 @given(conversations, st.sampled_from(list(TEMPLATES)))
 def test_prefix_difference_equals_the_generation_mask(contents, name):
     template, messages = TEMPLATES[name], chat(*contents)
@@ -52,7 +51,6 @@ def test_prefix_difference_equals_the_generation_mask(contents, name):
     assert encode_chat(TOKENIZER, messages, chat_template=unmarked(template)) == marked
 
 
-@settings(deadline=None)
 @given(conversations, st.sampled_from(list(TEMPLATES)))
 def test_tokens_and_mask_are_those_of_transformers(contents, name):
     template, messages = TEMPLATES[name], chat(*contents)
@@ -62,7 +60,6 @@ def test_tokens_and_mask_are_those_of_transformers(contents, name):
     assert [int(label != IGNORED) for label in ours.labels] == theirs["assistant_masks"]
 
 
-@settings(deadline=None)
 @given(conversations, st.sampled_from(list(TEMPLATES)))
 def test_offsets_that_leave_out_blanks_change_nothing(contents, name):
     trimming = tiny_tokenizer()
@@ -168,7 +165,6 @@ def test_named_templates_can_be_chosen():
         encode_chat(tokenizer, chat("a", "b"))
 
 
-@settings(deadline=None)
 @given(conversations)
 def test_a_tokenizer_without_offsets_goes_by_token_prefixes(contents):
     tokenizer = ByT5Tokenizer()  # bytes: every prefix is a prefix
@@ -183,7 +179,7 @@ class Joining:
 
     is_fast, eos_token, special_tokens_map, added_tokens_decoder, chat_template = False, None, {}, {}, BARE
 
-    def get_chat_template(self, given):
+    def get_chat_template(self, given, tools=None):
         return given or self.chat_template
 
     def __call__(self, text, **_):
@@ -241,3 +237,57 @@ def test_the_flag_is_no_matter_of_the_template():
     telling = CHATML.replace("m['content'] + '<eos>'", "m['content'] + (m.train | string) + '<eos>'")
     messages = flagged(("user", "q"), ("assistant", "one", True))
     assert "True" not in TOKENIZER.decode(encode_chat(TOKENIZER, messages, chat_template=telling).input_ids)
+
+
+# -- tools --------------------------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "a + b", "parameters": {"type": "object"}}}]
+CALLING = [
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]{% endfor %}<eos>"
+    "{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, unmarked(WITH_TOOLS)])
+def test_tools_are_shown_and_calls_of_them_learned(template):
+    sample = encode_chat(TOKENIZER, CALLING, chat_template=template, tools=TOOLS)
+    text = TOKENIZER.decode(sample.input_ids)
+    assert text.startswith('<tool>{"type": "function", "function": {"name": "add"')
+    assert trained(sample) == '[add {"a": 1, "b": 2}]<eos>It is 3.<eos>'
+    assert not Chats(TOKENIZER, chat_template=template).blind(CALLING, TOOLS)
+    bare = encode_chat(TOKENIZER, CALLING, chat_template=template)
+    assert "<tool>{" not in TOKENIZER.decode(bare.input_ids)
+    assert trained(bare) == trained(sample)
+
+
+def test_a_template_without_tools_gets_calls_as_json():
+    sample = encode_chat(TOKENIZER, CALLING, tools=TOOLS)
+    assert trained(sample) == '{"name": "add", "arguments": {"a": 1, "b": 2}}<eos>It is 3.<eos>'
+    assert sample == encode_chat(TOKENIZER, CALLING)
+    chats = Chats(TOKENIZER)
+    assert chats.blind(CALLING) and chats.blind(CALLING[:1], TOOLS) and not chats.blind(CALLING[:1])
+    said = [*CALLING[:1], CALLING[1] | {"content": "Let me see."}]
+    assert trained(encode_chat(TOKENIZER, said)).startswith('Let me see.\n{"name"')
+
+
+def test_a_tokenizer_may_have_a_template_of_its_own_for_tools():
+    tokenizer = tiny_tokenizer(chat_template={"default": BARE, "tool_use": WITH_TOOLS})
+    assert encode_chat(tokenizer, CALLING, tools=TOOLS) == encode_chat(TOKENIZER, CALLING, tools=TOOLS, chat_template=WITH_TOOLS)
+    assert encode_chat(tokenizer, CALLING) == encode_chat(TOKENIZER, CALLING, chat_template=BARE)
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, BARE])
+def test_a_prompt_is_what_training_has_before_the_answer(template):
+    chats = Chats(TOKENIZER, chat_template=template)
+    sample = chats.encode([CALLING], [TOOLS])[0]
+    last = len(sample.labels) - next(i for i, label in enumerate(reversed(sample.labels)) if label == IGNORED)
+    assert chats.prompt(CALLING[:-1], TOOLS) == sample.input_ids[:last]
+    assert chats.prompt([{**m, "train": False} for m in CALLING[:-1]], TOOLS) == sample.input_ids[:last]

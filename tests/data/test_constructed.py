@@ -16,7 +16,7 @@ def best_of_rank(teacher, r):
     return (u[:, :r] * s[:r]) @ vh[:r]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 9), st.integers(2, 9), st.data())
 def test_the_floors_are_reached_by_the_truncated_svd_and_by_nothing_better(d_in, d_out, data):
     rank = data.draw(st.integers(1, min(d_in, d_out)))

@@ -14,7 +14,8 @@ from lorakit.core.errors import DataError
 from lorakit.data.parallel import in_processes
 from lorakit.data.source import load_rows
 from lorakit.data.tiny import tiny_tokenizer
-from lorakit.data.tokenize import How, tokenize_rows
+from lorakit.data.tokenize import tokenize_rows
+from lorakit.data.tokenized import How
 
 pytestmark = pytest.mark.slow  # each starts processes that import torch
 TOKENIZER = tiny_tokenizer()
@@ -90,7 +91,8 @@ def test_a_bad_row_is_named_as_it_is_in_one_process(tmp_path):
 SCRIPT = """
 import time
 from lorakit.data.tiny import tiny_tokenizer
-from lorakit.data.tokenize import How, tokenize_rows
+from lorakit.data.tokenize import tokenize_rows
+from lorakit.data.tokenized import How
 print("started", flush=True)
 rows = [{{"text": "a b"}}] * {n}
 done = tokenize_rows(tiny_tokenizer(), rows, max_length=16, how=How(workers=2))

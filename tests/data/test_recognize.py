@@ -12,6 +12,7 @@ from lorakit.data.row import BadRow, shape_of
 
 U, A, S = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("system", "be")))
 NO = {"role": "assistant", "content": "no"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 
 
 def read(*rows, **options):
@@ -37,8 +38,20 @@ CASES = {
     "sharegpt": ({"conversations": fv(("system", "be"), ("human", "hi"), ("gpt", "yo")), "id": 3}, {"messages": [S, U, A]}),
     "sharegpt with a system column": ({"conversations": fv(("human", "hi"), ("gpt", "yo")), "system": "be"}, {"messages": [S, U, A]}),
     "sharegpt tools": (
+        {
+            "conversation": fv(
+                ("user", "hi"), ("function_call", '{"name": "f", "arguments": {"a": 1}}'), ("observation", "1"), ("model", "yo")
+            ),
+            "tools": '[{"name": "f", "parameters": {}}]',
+        },
+        {
+            "messages": [U, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "1"}, A],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        },
+    ),
+    "sharegpt calls that are no JSON": (
         {"conversation": fv(("user", "hi"), ("function_call", "f()"), ("observation", "1"), ("model", "yo")), "tools": "[]"},
-        {"messages": [U, {"role": "assistant", "content": "f()"}, {"role": "tool", "content": "1"}, A], "tools": "[]"},
+        {"messages": [U, {"role": "assistant", "content": "f()"}, {"role": "tool", "content": "1"}, A], "tools": []},
     ),
     "sharegpt as messages": ({"messages": fv(("human", "hi"), ("gpt", "yo")), "id": 1}, {"messages": [U, A], "id": 1}),
     "conversations of roles": ({"conversations": [U, A]}, {"messages": [U, A]}),
@@ -48,8 +61,21 @@ CASES = {
         {"messages": [U, A]},
     ),
     "openai tools": (
-        {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "tools": [{"type": "function"}]},
-        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "tools": [{"type": "function"}]},
+        {
+            "messages": [
+                U,
+                {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": None}}, "strict": None}],
+        },
+        {
+            "messages": [U, {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": "1"}]}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        },
+    ),
+    "tools of a preference": (
+        {"prompt": [U], "chosen": [A], "rejected": [NO], "tools": [{"name": "f"}]},
+        {"prompt": [U], "chosen": [A], "rejected": [NO], "tools": [{"type": "function", "function": {"name": "f"}}]},
     ),
     "openai weight": (
         {"messages": [U, {**A, "weight": 0}, U, {**A, "weight": 1}]},
@@ -127,7 +153,7 @@ def test_a_known_format_becomes_our_shape_and_says_why(name):
     assert "\n" not in reason
     for used in form.uses:
         assert used in reason
-    unused = [key for key in given if key not in form.uses and key != "kind"]
+    unused = [key for key in given if key not in (*form.uses, "kind", "tools")]
     assert ("not used: " in reason) == bool(unused)
     assert form.asked in FORMATS
     assert read(given, data_format=form.asked)[1] == expected, "what is asked for by its own name is the same"
@@ -251,3 +277,22 @@ def test_columns_that_nobody_knows_are_answered_with_what_to_type():
         recognize({"a b": "a"}, "row 1")
     with pytest.raises(BadRow, match=r"yours\.$"):
         recognize({"a": 1}, "row 1")
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"messages": [U, A], "tools": ["f"]}, r"tool 1 is a str; expected \{type: function"),
+    ({"messages": [U, A], "tools": [{"name": "f"}, {"type": "function"}]}, r"tool 2 is \{type\}; expected"),
+    ({"messages": [U, A], "tools": "f, g"}, r"'tools' is a str; expected a list"),
+    ({"messages": [U, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, r"message 2 of 'messages' has a tool call .* without a name"),
+])  # fmt: skip
+def test_tools_without_a_name_are_refused(row, said):
+    with pytest.raises(BadRow, match=said):
+        read(row)
+
+
+def test_the_reason_says_where_tools_go():
+    form, _ = read({"messages": [U, A], "tools": [{"name": "f"}], "id": 1})
+    assert (
+        form.reason({"messages": [U, A], "tools": [{"name": "f"}], "id": 1})
+        == "chat: column messages; tools go to the chat template; not used: id"
+    )

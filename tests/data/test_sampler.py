@@ -3,7 +3,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.core.errors import CheckpointError, DataError
@@ -106,7 +106,6 @@ def test_every_epoch_holds_every_item_once_when_grouped(lengths, batch, seed):
 
 
 @given(lengths, sizes, seeds, st.integers(0, 20), st.integers(1, 12))
-@settings(deadline=None)
 def test_resuming_equals_never_stopping_when_grouped(lengths, batch, seed, done, other):
     n = len(lengths)
     whole = take(Batches(n, batch, lengths=lengths, seed=seed), done + 5)

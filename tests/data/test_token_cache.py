@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from lorakit.core.errors import BadParameter, CheckpointError
-from lorakit.data import tokenize
+from lorakit.data import tokenized
+from lorakit.data.account import Counts
+from lorakit.data.preference import tokenize_answers
 from lorakit.data.row import data_hash
 from lorakit.data.samples import Samples
+from lorakit.data.tag import tokenize_tags
 from lorakit.data.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from lorakit.data.token_cache import INDEX, TokenCache, key_of
-from lorakit.data.tokenize import How, Rules, Tokenizing, tokenize_classes, tokenize_rows
+from lorakit.data.tokenize import tokenize_classes, tokenize_rows
+from lorakit.data.tokenized import How, Rules, Tokenizing
 
 TOKENIZER = tiny_tokenizer()
 ROWS = [{"prompt": f"the {i}", "completion": "thing " * (1 + i % 5), "kind": i % 3} for i in range(40)]
@@ -23,8 +27,8 @@ ROWS = [{"prompt": f"the {i}", "completion": "thing " * (1 + i % 5), "kind": i %
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "LARGE", 5)
-    monkeypatch.setattr(tokenize, "BATCH", 15)  # an entry is made of several parts
+    monkeypatch.setattr(tokenized, "LARGE", 5)
+    monkeypatch.setattr(tokenized, "BATCH", 15)  # an entry is made of several parts
     return TokenCache(tmp_path / "tokens", 10**9)
 
 
@@ -70,6 +74,45 @@ def test_every_layout_comes_back(cache, rows, options):
 def test_classes_come_back(cache):
     rows = [{"text": f"a{i}", "label": i % 2} for i in range(20)]
     done = [tokenize_classes(TOKENIZER, rows, [0, 1], max_length=8, how=How(cache=one)) for one in (None, cache, cache)]
+    assert list(done[0].samples) == list(done[1].samples) == list(done[2].samples)
+
+
+SAID = [{"role": "user", "content": "the question"}], [{"role": "assistant", "content": "an answer"}]
+COMPARED = {
+    "preference": [{"prompt": f"the {i % 3}", "chosen": "thing " * (1 + i % 4), "rejected": f"no {i}", "kind": i % 2} for i in range(40)],
+    "feedback": [{"prompt": f"the {i // 2}", "completion": "thing " * (1 + i % 4), "label": i % 3 == 0} for i in range(40)],
+    "talks": [{"prompt": SAID[0], "chosen": SAID[1], "rejected": [{"role": "assistant", "content": f"no {i}"}]} for i in range(40)],
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_answers_come_back(cache, monkeypatch, name, encoder_decoder):
+    if name == "talks" and encoder_decoder:
+        pytest.skip("an encoder-decoder has no conversations")
+    calls = count_calls(monkeypatch)
+    options = {"max_length": 60 if name == "talks" else 12, "encoder_decoder": encoder_decoder}
+    done = [tokenize_answers(TOKENIZER, COMPARED[name], how=How(cache=one), **options) for one in (None, cache, cache)]
+    assert len(calls) == 6
+    assert list(done[0].samples) == list(done[1].samples) == list(done[2].samples)
+    assert done[0].account == done[1].account == done[2].account
+    assert done[0].samples.lengths.tolist() == done[2].samples.lengths.tolist()
+    assert done[2].samples[-1] == list(done[0].samples)[-1]
+    assert done[2].samples[1:5:2] == list(done[0].samples)[1:5:2]
+
+
+def test_the_mismatched_answer_may_be_of_another_part(cache):
+    rows = COMPARED["feedback"]
+    ratings = tokenize_answers(TOKENIZER, rows, max_length=64, how=How(cache=cache)).samples
+    said = [TOKENIZER.decode(ratings[i].mismatched.input_ids) for i in (0, 1, 14, 39)]
+    assert said == [f"{rows[i]['prompt']}{rows[j]['completion']}<eos>" for i, j in ((0, 2), (1, 2), (14, 16), (39, 0))]
+
+
+def test_tags_come_back(cache, monkeypatch):
+    calls = count_calls(monkeypatch)
+    rows = [{"tokens": ["ab", f"c{i}", "d"], "tags": ["x", "O", "x"]} for i in range(40)]
+    done = [tokenize_tags(TOKENIZER, rows, ["O", "x"], max_length=6, how=How(cache=one)) for one in (None, cache, cache)]
+    assert len(calls) == 6
     assert list(done[0].samples) == list(done[1].samples) == list(done[2].samples)
 
 
@@ -170,7 +213,7 @@ def test_an_entry_larger_than_the_limit_is_kept_while_it_is_the_newest(cache):
 
 def test_nothing_is_left_of_what_failed(cache, monkeypatch):
     def parts():
-        yield Samples.of([], "token"), tokenize.Counts()
+        yield Samples.of([], "token"), Counts()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,7 @@ from functools import cache
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
@@ -11,20 +11,11 @@ from transformers import ByT5Tokenizer
 from lorakit.core.errors import DataError
 from lorakit.data.chat import Chats, encode_chat
 from lorakit.data.encoded import Encoded, encode_pair, encode_text, token_ids
-from lorakit.data.lazy import Chain
+from lorakit.data.lazy import Chain, place_of
 from lorakit.data.source import load_rows
 from lorakit.data.tiny import tiny_tokenizer
-from lorakit.data.tokenize import (
-    ROWS_A_WORKER,
-    How,
-    _ends,
-    chunks,
-    class_names,
-    place_of,
-    tokenize_classes,
-    tokenize_rows,
-    trained_bytes,
-)  # fmt: skip
+from lorakit.data.tokenize import chunks, class_names, tokenize_classes, tokenize_rows, trained_bytes
+from lorakit.data.tokenized import ROWS_A_WORKER, How, _ends
 from lorakit.train.source_model import load_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -34,7 +25,6 @@ def pairs(*texts):
     return [{"prompt": p, "completion": c} for p, c in texts]
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=40).filter(lambda text: "<" not in text), min_size=1, max_size=6), st.integers(2, 20))
 def test_no_token_of_a_text_is_lost_or_left_alone(texts, max_length):
     done = tokenize_rows(TOKENIZER, [{"text": text} for text in texts], max_length=max_length)
@@ -124,7 +114,6 @@ FRAMED = tiny_tokenizer()
 FRAMED.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
 
 
-@settings(deadline=None)
 @given(texts, st.sampled_from(["tiny", "framed", "bundled", "bytes"]))
 def test_a_text_s_tokens_do_not_depend_on_its_neighbors(words, name):
     """Against the tokenizer called with one text, as before there were batches."""
@@ -148,7 +137,6 @@ def tokenizers():
     return {"tiny": TOKENIZER, "framed": FRAMED, "bundled": load_tokenizer("bundled"), "bytes": ByT5Tokenizer()}
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.text(alphabet="ab th\né🙂", max_size=9), min_size=2, max_size=5), min_size=1, max_size=4))
 def test_a_chat_s_tokens_do_not_depend_on_its_neighbors(contents):
     chats = [[{"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(one)] for one in contents]
@@ -159,8 +147,8 @@ def test_a_chat_s_tokens_do_not_depend_on_its_neighbors(contents):
 def test_how_many_rows_are_taken_at_once_changes_nothing(monkeypatch, batch):
     rows = [{"text": "the thing " * (1 + 7 * i % 11), "kind": i % 2} for i in range(20)]
     whole = tokenize_rows(TOKENIZER, rows, max_length=16)
-    monkeypatch.setattr("lorakit.data.tokenize.BATCH", batch)
-    monkeypatch.setattr("lorakit.data.tokenize.CHARACTERS", 40)
+    monkeypatch.setattr("lorakit.data.tokenized.BATCH", batch)
+    monkeypatch.setattr("lorakit.data.tokenized.CHARACTERS", 40)
     parts = tokenize_rows(TOKENIZER, rows, max_length=16)
     assert list(parts.samples) == list(whole.samples)
     assert parts.account == whole.account
@@ -169,7 +157,7 @@ def test_how_many_rows_are_taken_at_once_changes_nothing(monkeypatch, batch):
 def test_parts_are_short_in_characters():
     rows = [{"text": "a" * n} for n in (30, 30, 30, 100, 5)] + [{"messages": [{"role": "user", "content": "b" * 90}]}]
     assert list(_ends(rows)) == [6]
-    with mock.patch("lorakit.data.tokenize.CHARACTERS", 64):
+    with mock.patch("lorakit.data.tokenized.CHARACTERS", 64):
         assert list(_ends(rows)) == [2, 3, 4, 5, 6]
 
 
@@ -178,9 +166,9 @@ def test_a_row_that_cannot_be_tokenized_is_named_or_left_out_and_counted():
     rows = [{"messages": [{"role": r, "content": "a"} for r in roles]} for roles in (["user", "assistant"], ["user"], ["assistant"])]
     with pytest.raises(DataError, match=r"^row 2: the conversation has no assistant message"):
         tokenize_rows(TOKENIZER, rows, max_length=32)
-    with mock.patch("lorakit.data.tokenize.CHARACTERS", 1), pytest.raises(DataError, match=r"^row 2: "):
+    with mock.patch("lorakit.data.tokenized.CHARACTERS", 1), pytest.raises(DataError, match=r"^row 2: "):
         tokenize_rows(TOKENIZER, rows, max_length=32)
-    with mock.patch("lorakit.data.tokenize.BATCH", 1), pytest.raises(DataError, match=r"^row 2: "):
+    with mock.patch("lorakit.data.tokenized.BATCH", 1), pytest.raises(DataError, match=r"^row 2: "):
         tokenize_rows(TOKENIZER, rows, max_length=32)
     done = tokenize_rows(TOKENIZER, rows, max_length=32, skip_bad=True)
     good = tokenize_rows(TOKENIZER, rows[::2], max_length=32)

@@ -59,7 +59,7 @@ def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float 
 
 
 # ------------------------------------------------------------------------------------------------------------ a plain head
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(0, 12),
     d=st.integers(1, 7),

@@ -68,7 +68,7 @@ def assert_alike(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-1
         torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, *a.detach().abs().flatten().tolist(), 0.0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.builds(

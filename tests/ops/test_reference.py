@@ -1,7 +1,7 @@
 """The definitions against dense arithmetic (fp64)."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,14 +17,12 @@ def draw(sizes: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tens
     return tuple(torch.randn(s, generator=gen, dtype=torch.float64) for s in ((d_out, d_in), (r, d_in), (d_out, r), (2, 3, d_in)))  # type: ignore[return-value]
 
 
-@settings(deadline=None)
 @given(SIZES, st.floats(-4, 4))
 def test_project_and_expand_are_the_dense_update(sizes: tuple[int, int, int, int], s: float) -> None:
     _, A, B, x = draw(sizes)
     torch.testing.assert_close(ops.expand(ops.project(x, A), B, s), x @ (s * B @ A).T)
 
 
-@settings(deadline=None)
 @given(SIZES)
 def test_ids_are_one_hot_rows(sizes: tuple[int, int, int, int]) -> None:
     _, A, _, _ = draw(sizes)
@@ -32,7 +30,6 @@ def test_ids_are_one_hot_rows(sizes: tuple[int, int, int, int]) -> None:
     torch.testing.assert_close(ops.project(ids, A), torch.nn.functional.one_hot(ids, A.shape[1]).double() @ A.T)
 
 
-@settings(deadline=None)
 @given(SIZES, st.floats(-4, 4))
 def test_row_norm_is_that_of_the_dense_sum(sizes: tuple[int, int, int, int], s: float) -> None:
     W, A, B, _ = draw(sizes)
@@ -48,7 +45,6 @@ def test_row_norm_of_a_sum_that_cancels_is_zero_and_never_nan() -> None:
     assert found.max() < 1e-2
 
 
-@settings(deadline=None)
 @given(SIZES, st.floats(-4, 4))
 def test_kronecker_is_the_dense_product_in_either_order(sizes: tuple[int, int, int, int], s: float) -> None:
     b1, b2, a2, seed = sizes

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,7 +25,6 @@ def plain(c: Tensor, at: Tensor, d_out: int, d_in: int) -> Tensor:
     return torch.fft.ifft2(torch.zeros(d_out * d_in, dtype=c.dtype).index_copy(0, at, c).view(d_out, d_in)).real
 
 
-@settings(deadline=None)
 @given(SIZES)
 def test_the_wave_and_its_gradient(sizes: tuple[int, int, int, int]) -> None:
     c, at, _, _ = draw(sizes)
@@ -36,7 +35,6 @@ def test_the_wave_and_its_gradient(sizes: tuple[int, int, int, int]) -> None:
     torch.testing.assert_close((found.detach() * G).sum(), (c.detach() * spectral.read(G, at)).sum())  # adjoint
 
 
-@settings(deadline=None)
 @given(SIZES, st.floats(-4, 4))
 def test_project_and_its_gradients(sizes: tuple[int, int, int, int], s: float) -> None:
     c, at, x, g = draw(sizes)

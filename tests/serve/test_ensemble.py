@@ -59,7 +59,7 @@ def test_copies_of_one_adapter_are_that_one_and_do_not_disagree() -> None:
 
 
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 10**6), st.sampled_from([0.1, 3.0, 60.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_laws_of_probabilities(m: int, v: int, seed: int, size: float) -> None:
     """Jensen; an entropy is at most log v; disagreement is at most log M, and at most all of the uncertainty."""
     z = size * torch.randn(m, 4, v, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_laws_of_probabilities(m: int, v: int, seed: int, size: float) -> None:
 
 
 @given(st.integers(2, 5), st.integers(2, 9), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_members_that_differ_are_strictly_better_together(m: int, v: int, seed: int) -> None:
     """Jensen is strict wherever members give the target different probabilities, and an equation where they do not."""
     rng = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lorakit.core.errors import DataError
-from lorakit.data import tokenize
+from lorakit.data import tokenized
 from lorakit.data.pad import n_tokens, n_tokens_both
 from lorakit.data.samples import Samples
 from lorakit.data.tiny import tiny_model, tiny_tokenizer
@@ -66,7 +66,7 @@ def test_a_run_from_the_cache_has_the_same_bits(tmp_path: Path, monkeypatch: pyt
     losses = []
     for name in ("memory", "first", "second"):
         if name != "memory":
-            monkeypatch.setattr(tokenize, "LARGE", 1)
+            monkeypatch.setattr(tokenized, "LARGE", 1)
             monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
         result = train(config(tmp_path, output_dir=str(tmp_path / name)), quiet=True)
         losses.append(result.final["loss"])

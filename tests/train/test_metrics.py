@@ -191,7 +191,7 @@ def test_exact_match_ignores_outer_white_space_only() -> None:
     assert exact_match([" a b\n", "A", "c"], ["a b", "a", "c"]) == pytest.approx(2 / 3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_scores_equal_scikit_learns(pairs: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics")

@@ -15,7 +15,8 @@ from lorakit import Adapted, get_method, list_methods
 from lorakit.core.attach import attach
 from lorakit.core.errors import BadParameter, DataError, Incompatible
 from lorakit.data.encoded import IGNORED, Encoded
-from lorakit.data.preference import Rated, collate_feedback, collate_preferences, tokenize_feedback, tokenize_preferences
+from lorakit.data.preference import Rated, Ratings, collate_feedback, collate_preferences, tokenize_answers
+from lorakit.data.samples import Samples
 from lorakit.data.tiny import tiny_model, tiny_tokenizer
 from lorakit.serve.open import open_adapter
 from lorakit.serve.score import score
@@ -38,11 +39,11 @@ JUDGED = [{"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"} fo
 
 
 def pairs() -> dict[str, Tensor]:
-    return collate_preferences(tokenize_preferences(TOKENIZER, PAIRS, max_length=64).samples, 0)
+    return collate_preferences(tokenize_answers(TOKENIZER, PAIRS, max_length=64).samples, 0)
 
 
 def feedback() -> dict[str, Tensor]:
-    return collate_feedback(tokenize_feedback(TOKENIZER, JUDGED, max_length=64).samples, 0)
+    return collate_feedback(tokenize_answers(TOKENIZER, JUDGED, max_length=64).samples, 0)
 
 
 def ratios(adapted: Adapted, step: int = 0) -> Ratios:
@@ -121,7 +122,7 @@ def test_log_probs_and_losses_are_the_papers(arch: str) -> None:
 
 def check_values(arch: str = "llama", beta: float = 0.3) -> None:
     adapted = awaken(attach(base(arch, vocab_size=len(TOKENIZER)), get_method("lora", r=4, sites="linear-modules")), size=0.2)
-    samples = tokenize_preferences(TOKENIZER, PAIRS, max_length=64).samples
+    samples = tokenize_answers(TOKENIZER, PAIRS, max_length=64).samples
 
     def r(sample: Encoded) -> Tensor:
         policy = whole_log_probs(adapted.model, sample)
@@ -137,7 +138,7 @@ def check_values(arch: str = "llama", beta: float = 0.3) -> None:
     figures = DPO(beta).figures(judged.sums.tolist())
     assert figures["accuracy"] == (want[:3] > want[3:]).double().mean().item()
     assert figures["margin"] == pytest.approx(beta * (want[:3] - want[3:]).mean().item(), abs=1e-4)
-    rated = tokenize_feedback(TOKENIZER, JUDGED, max_length=64).samples
+    rated = tokenize_answers(TOKENIZER, JUDGED, max_length=64).samples
     z = torch.stack([r(s.mismatched) for s in rated]).mean().clamp_min(0)
     up, down = 1.5, 0.5
     aim = KTO(beta, up, down)
@@ -160,7 +161,7 @@ def _kto(rated: list[Rated], r: Callable[[Encoded], Tensor], z: Tensor, beta: fl
 
 def test_an_encoder_decoder_prefers_too() -> None:
     adapted = attach(base("t5", vocab_size=len(TOKENIZER)), get_method("lora", r=4))
-    samples = tokenize_preferences(TOKENIZER, PAIRS, max_length=64, encoder_decoder=True).samples
+    samples = tokenize_answers(TOKENIZER, PAIRS, max_length=64, encoder_decoder=True).samples
     batch = collate_preferences(samples, 0)
     assert mean(DPO(0.1), adapted, batch) == LN2
     awaken(adapted, size=0.3)
@@ -215,7 +216,7 @@ def test_losses_rewards_and_gradients_are_trls(tmp_path: Path) -> None:
             assert torch.allclose(row.tensor.grad, its, atol=1e-6), row.name  # type: ignore[arg-type]
 
     trainer, items, loss = theirs(DPOTrainer, DPOConfig(beta=0.3, per_device_train_batch_size=3, **shared), PAIRS)
-    samples = tokenize_preferences(plain, PAIRS, max_length=64).samples
+    samples = tokenize_answers(plain, PAIRS, max_length=64).samples
     for item, pair in zip(items, samples, strict=True):
         assert item["prompt_ids"] + item["chosen_ids"] == pair.chosen.input_ids
         assert item["prompt_ids"] + item["rejected_ids"] == pair.rejected.input_ids
@@ -372,7 +373,10 @@ def test_what_has_no_meaning_is_refused_before_it_starts(tmp_path: Path) -> None
 
 
 def test_weights_far_from_the_papers_are_noted(tmp_path: Path) -> None:
-    items = [Rated(Encoded([1], [1]), i < 2, Encoded([1], [1])) for i in range(10)]
+    def of(*wanted: bool) -> Ratings:
+        return Ratings(Samples.of([Encoded([1], [1], mark=int(one)) for one in wanted], "token"), 8)
+
+    items = of(*[True] * 2, *[False] * 8)
     (note,) = KTO(0.1, 1.0, 1.0).notes(items)
     assert "2 desirable answers weigh 0.25 times as much as 8" in note
     assert "from 4 to 5.33" in note
@@ -380,12 +384,12 @@ def test_weights_far_from_the_papers_are_noted(tmp_path: Path) -> None:
     for kto, some, said in (
         (
             KTO(0.1, 1.0, 1.0),
-            items[:2],
+            of(True, True),
             "2 are desirable, and only desirable ones have a weight: KTO makes them all more likely",
         ),
         (
             KTO(0.1, 1.0, 1.0),
-            items[2:],
+            of(*[False] * 8),
             "only undesirable ones have a weight: KTO makes them all less likely",
         ),
         (KTO(0.1, 1.0, 0.0), items, "only desirable ones have a weight"),

@@ -56,7 +56,7 @@ def _show(config: Any, console: Console, shown: tuple[int, int, str] | None, qui
     from dataclasses import replace
 
     from lorakit.data.token_cache import TokenCache
-    from lorakit.data.tokenize import LARGE, How
+    from lorakit.data.tokenized import LARGE, How
     from lorakit.train.dataset import Making, check_vocabulary, prepare
     from lorakit.train.rows import read_tasks
     from lorakit.train.source_model import load_tokenizer
@@ -137,7 +137,7 @@ def _sample_lengths(side: "Side") -> Any:
 def _debug(tasks: Sequence["Rows"], making: "Making", wanted: range, side: str, console: Console) -> None:
     from lorakit.core.errors import DataError
     from lorakit.data.explain import explained
-    from lorakit.data.tokenize import place_of
+    from lorakit.data.lazy import place_of
     from lorakit.train.dataset import MAKERS
 
     print_ = _printer(console)

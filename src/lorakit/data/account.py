@@ -45,6 +45,8 @@ class Counts:
     """Tokens that stand for what the tokenizer does not know."""
     largest: int = -1
     """The largest token id, of the padding too."""
+    blind: int = 0
+    """Chats whose tools, or calls of them, the template does not show."""
     bad: int = 0
     """Rows left out since they cannot be tokenized."""
     named: tuple[str, ...] = field(default=())
@@ -126,6 +128,11 @@ class Account:
             )
         if c.untaught:
             yield f"{c.untaught:,} of {c.rows:,} rows have no token to learn; check the roles and 'train' of their messages, and train_on"
+        if c.blind:
+            yield (
+                f"in {c.blind:,} of {c.rows:,} rows there are tools that the chat template does not show: the list of them is left out, "
+                "and calls are JSON in the content; give the chat_template that the model learned to call tools with"
+            )
         longer = c.truncated + c.dropped - c.untaught
         if 2 * longer > c.rows:
             yield f"{longer:,} of {c.rows:,} rows are longer than max_length={self.max_length}, and lose their ends; raise it"

@@ -23,6 +23,8 @@ class Encoded:
     labels: list[int]
     kind: int | None = None
     """Which kind of sample it is, where the rows say so."""
+    mark: int | None = None
+    """Of feedback: whether the answer is wanted, and which answers share a prompt (`preference.mark_of`)."""
 
     @property
     def trained(self) -> int:
@@ -122,4 +124,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, speci
 
 def tokenize_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Any:
     """What the tokenizer says of each text, in one call; no text is made longer by its neighbors."""
+    if not texts:  # which tokenizers do not take
+        return {"input_ids": [], "offset_mapping": []}
     return tokenizer(list(texts), padding=False, verbose=False, return_attention_mask=False, return_token_type_ids=False, **options)

@@ -26,6 +26,10 @@ class LazyRows(Sequence[Row]):
     def row(self, i: int) -> Row:
         """The i-th row, 0 <= i < len."""
 
+    @abstractmethod
+    def where(self, i: int) -> str:
+        """How errors call the i-th row: its file and line, where they are known."""
+
     @overload
     def __getitem__(self, at: int) -> Row: ...
     @overload
@@ -63,6 +67,9 @@ class Chosen(LazyRows):
     def row(self, i: int) -> Row:
         return self.rows[int(self.places[i])]
 
+    def where(self, i: int) -> str:
+        return place_of(self.rows, int(self.places[i]))
+
 
 class Chain(LazyRows):
     """Several sequences, one after the other."""
@@ -75,8 +82,16 @@ class Chain(LazyRows):
         return self.ends[-1] if self.ends else 0
 
     def row(self, i: int) -> Row:
+        k, j = self._place(i)
+        return self.parts[k][j]
+
+    def where(self, i: int) -> str:
+        k, j = self._place(i)
+        return place_of(self.parts[k], j)
+
+    def _place(self, i: int) -> tuple[int, int]:
         k = bisect_right(self.ends, i)
-        return self.parts[k][i - (self.ends[k - 1] if k else 0)]
+        return k, i - (self.ends[k - 1] if k else 0)
 
 
 class Made(LazyRows):
@@ -90,3 +105,11 @@ class Made(LazyRows):
 
     def row(self, i: int) -> Row:
         return self.form.row(self.records, i)
+
+    def where(self, i: int) -> str:
+        return str(self.records.where(i))
+
+
+def place_of(rows: Sequence[Row] | None, i: int) -> str:
+    """`where` of any rows."""
+    return rows.where(i) if isinstance(rows, LazyRows) else f"row {i + 1}"

@@ -7,21 +7,25 @@ Strings are tokenized apart and end in EOS, as `encode_pair` does; messages go t
 is on what the answer's turns say. Longer sequences lose their end; a row of which one sequence keeps no trained token is dropped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.errors import DataError
-from lorakit.data.account import LISTED, account_of
-from lorakit.data.chat import encode_chat
-from lorakit.data.encoded import IGNORED, Encoded, encode_pair, encode_translation
+from lorakit.data.account import Counts
+from lorakit.data.chat import Chats
+from lorakit.data.encoded import IGNORED, Encoded, encode_pairs, encode_translations, eos_id
 from lorakit.data.pad import pad
-from lorakit.data.row import Row, kind_of, shape_of
+from lorakit.data.row import KEYS, Row, canonical, kind_of
 from lorakit.data.samples import Samples
-from lorakit.data.tokenize import Tokenized, place_of, tokens_of
+from lorakit.data.tokenized import How, Rules, Tokenized, Tokenizing, shape_among, tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,64 +55,130 @@ class Rated:
         return self.answer.input_ids
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """How prompt and answer become a sequence."""
+class Pairs(Sequence[Preferred]):
+    """Preferred ones over samples [chosen, rejected, chosen, ..]."""
 
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    chat_template: str | None = None
-    encoder_decoder: bool = False
+    def __init__(self, samples: Samples[Encoded]) -> None:
+        self.samples = samples
+        self.lengths = samples.lengths.reshape(-1, 2).max(-1)
+        """What each counts in a batch: its longer sequence."""
 
-    def __call__(self, prompt: str | list[Any], answer: str | list[Any], kind: int | None) -> Encoded:
-        """The whole sequence, uncut, with labels on the answer alone."""
-        if isinstance(prompt, str) and isinstance(answer, str):
-            encode = encode_translation if self.encoder_decoder else encode_pair
-            return replace(encode(self.tokenizer, prompt, answer), kind=kind)
-        if self.encoder_decoder:
+    def __len__(self) -> int:
+        return len(self.samples) // 2
+
+    @overload
+    def __getitem__(self, k: int) -> Preferred: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Preferred]: ...
+    def __getitem__(self, k: int | slice) -> Preferred | list[Preferred]:
+        places = range(len(self))[k]
+        return Preferred(*self.samples[2 * places : 2 * places + 2]) if isinstance(places, int) else [self[i] for i in places]
+
+
+class Ratings(Sequence[Rated]):
+    """Rated ones over marked samples, of at most `max_length` tokens.
+
+    The mismatched answer is the next one's that has another prompt, so that two ratings of one prompt are no match of theirs; where all
+    share a prompt, it is the next one's.
+    """
+
+    def __init__(self, samples: Samples[Encoded], max_length: int) -> None:
+        assert samples.marks is not None
+        self.samples, self.max_length = samples, max_length
+        self.desirable: NDArray[np.bool_] = samples.marks % 2 == 1
+        """Which are wanted, [n]."""
+        self.lengths = samples.lengths
+        """What each counts in a batch: the answer's sequence."""
+        self._partners = _partners((samples.marks // 2).tolist())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, k: int) -> Rated: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Rated]: ...
+    def __getitem__(self, k: int | slice) -> Rated | list[Rated]:
+        places = range(len(self))[k]
+        if not isinstance(places, int):
+            return [self[i] for i in places]
+        one, other = self.samples[places], self.samples[self._partners[places]]
+        return Rated(replace(one, mark=None), bool(self.desirable[places]), self._with_answer_of(one, other))
+
+    def _with_answer_of(self, one: Encoded, other: Encoded) -> Encoded:
+        """One's prompt and another's answer, cut at the limit, which leaves some of the answer."""
+        if self.samples.layout == "target":
+            return Encoded(one.input_ids, other.labels, one.kind)
+        prompt, start = one.input_ids[: _first(one)], _first(other)
+        ids, labels = prompt + other.input_ids[start:], [IGNORED] * len(prompt) + other.labels[start:]
+        return Encoded(ids[: self.max_length], labels[: self.max_length], one.kind)
+
+
+class _Compared(Tokenizing):
+    """What both shapes share: a prompt without loss, and answers."""
+
+    def check(self) -> None:
+        """DataError without an EOS."""
+        super().check()
+        eos_id(self.tokenizer)
+
+    @cached_property
+    def _chats(self) -> Chats:
+        return Chats(self.tokenizer, chat_template=self.rules.chat_template)
+
+    def _whole(self, rows: Sequence[Row], answers: Sequence[str]) -> list[Encoded]:
+        """Every row's answers under these keys, one row after the other, uncut, with labels on the answers alone."""
+        said = [(row, row["prompt"], row[key]) for row in rows for key in answers]
+        texts = [(prompt, answer) for _, prompt, answer in said if isinstance(prompt, str)]
+        talks = [(row, prompt, answer) for row, prompt, answer in said if not isinstance(prompt, str)]
+        if talks and self.rules.encoder_decoder:
             raise DataError("an encoder-decoder has no conversations; expected strings in prompt and answers")
-        said: list[Any] = [*answer]
-        if not any(message["role"] == "assistant" for message in said):
+        if not all(any(message["role"] == "assistant" for message in answer) for _, _, answer in talks):
             raise DataError("an answer of messages has no assistant message to learn from; give the answers the role assistant")
-        before = [{**message, "train": False} for message in prompt if isinstance(message, dict)]
-        return replace(encode_chat(self.tokenizer, [*before, *said], chat_template=self.chat_template), kind=kind)
+        of_texts = iter((encode_translations if self.rules.encoder_decoder else encode_pairs)(self.tokenizer, texts))
+        messages = [[*({**message, "train": False} for message in prompt), *answer] for _, prompt, answer in talks]
+        of_talks = iter(self._chats.encode(messages, [row.get("tools") for row, _, _ in talks]) if talks else [])
+        return [replace(next(of_texts if isinstance(prompt, str) else of_talks), kind=kind_of(row)) for row, prompt, _ in said]
 
-    def pair(self, row: Row) -> tuple[Encoded, Encoded]:
-        """The chosen and the rejected sequence. DataError where the prompt's tokens are not the same in both."""
-        chosen, rejected = (self(row["prompt"], row[side], kind_of(row)) for side in ("chosen", "rejected"))
-        if not _shared(self.prompt_of(chosen), self.prompt_of(rejected)):
+    def _of_rows(self, rows: Sequence[Row], kept: Sequence[Sequence[Encoded]]) -> Counts:
+        """The counts of these rows; `kept`: the sequences of those that are left, uncut."""
+        beyond = [sum(map(self.beyond, whole)) for whole in kept]
+        parts = [key for key in KEYS[self.rules.shape] if key != "label"]
+        talks = [row for row in rows if not isinstance(row["prompt"], str)]
+        blind = sum(self._chats.blind([m for key in parts for m in row[key]], row.get("tools")) for row in talks)
+        dropped = len(rows) - len(kept)
+        return Counts(rows=len(rows), truncated=sum(map(bool, beyond)), cut=sum(beyond), dropped=dropped, blind=blind)
+
+
+class _Preferences(_Compared):
+    needs = "a trained token in both answers"
+
+    def some(self, rows: Sequence[Row]) -> tuple[list[Encoded], Counts]:
+        """[chosen, rejected, chosen, ..]. DataError where the prompt's tokens are not the same in both."""
+        whole = self._whole(rows, ("chosen", "rejected"))
+        pairs = list(zip(whole[::2], whole[1::2], strict=True))
+        if not all(_shared(*map(self._prompt, pair)) for pair in pairs):
             raise DataError("the prompt's tokens differ before the two answers; give both answers the same first role")
-        return chosen, rejected
+        kept = [pair for pair in pairs if all(map(self.learns, pair))]
+        return [self.cut(one) for pair in kept for one in pair], self._of_rows(rows, kept)
 
-    def cut(self, sample: Encoded) -> Encoded:
-        """Without what is beyond the limit."""
-        return replace(sample, input_ids=sample.input_ids[: self.max_length], labels=sample.labels[: self.max_length])
+    def tokens(self, samples: Samples[Any], made: list[Any]) -> Counts:
+        """A pair is one sample."""
+        return replace(super().tokens(samples, made), samples=len(samples) // 2)
 
-    def learns(self, sample: Encoded) -> bool:
-        """Whether the loss reads any of it."""
-        return any(label != IGNORED for label in sample.labels[0 if self.encoder_decoder else 1 :])
-
-    def long(self, sample: Encoded) -> bool:
-        """Whether it is beyond the limit."""
-        return max(len(sample.input_ids), len(sample.labels)) > self.max_length
-
-    def prompt_of(self, sample: Encoded) -> list[int]:
-        """The tokens before the answer."""
-        if self.encoder_decoder:
-            return sample.input_ids
-        first = next((i for i, label in enumerate(sample.labels) if label != IGNORED), len(sample.labels))
-        return sample.input_ids[:first]
-
-    def with_answer_of(self, sample: Encoded, other: Encoded) -> Encoded:
-        """One's prompt and another's answer, cut so that some of the answer is left."""
-        if self.encoder_decoder:
-            return self.cut(replace(sample, labels=other.labels))
-        prompt, start = self.prompt_of(sample), len(self.prompt_of(other))
-        ids, labels = other.input_ids[start:], other.labels[start:]
-        return self.cut(replace(sample, input_ids=prompt + ids, labels=[IGNORED] * len(prompt) + labels))
+    def _prompt(self, sample: Encoded) -> list[int]:
+        return sample.input_ids if self.rules.encoder_decoder else sample.input_ids[: _first(sample)]
 
 
-def tokenize_preferences(
+class _Feedback(_Compared):
+    def some(self, rows: Sequence[Row]) -> tuple[list[Encoded], Counts]:
+        """The answers, marked."""
+        whole = zip(self._whole(rows, ("completion",)), rows, strict=True)
+        kept = [replace(one, mark=mark_of(row)) for one, row in whole if self.learns(one)]
+        return [self.cut(one) for one in kept], self._of_rows(rows, [[one] for one in kept])
+
+
+def tokenize_answers(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
@@ -116,38 +186,23 @@ def tokenize_preferences(
     chat_template: str | None = None,
     encoder_decoder: bool = False,
     skip_bad: bool = False,
+    how: How | None = None,
 ) -> Tokenized[Any]:
-    """`Preferred` samples of preference rows, in their order. DataError if none is left, or if a template shows the two another prompt."""
-    encode = _encoder(rows, "preference", Encoder(tokenizer, max_length, chat_template, encoder_decoder))
-    samples, kept = list[Preferred](), list[tuple[Encoded, ...]]()
-    whole, bad = _whole(rows, encode.pair, skip_bad)
-    for (chosen, rejected), _ in whole:
-        pair = Preferred(encode.cut(chosen), encode.cut(rejected))
-        if encode.learns(pair.chosen) and encode.learns(pair.rejected):
-            samples.append(pair)
-            kept.append((chosen, rejected))
-    return _counted(samples, rows, encode, kept, bad)
+    """`Pairs` of preference rows, or `Ratings` of feedback rows, in their order.
+
+    DataError if none is left, or if a template shows a pair's answers another prompt.
+    """
+    shape = shape_among(rows, ["preference", "feedback"], "expected preference or feedback rows")
+    rules = Rules(shape, max_length, chat_template=chat_template, encoder_decoder=encoder_decoder, skip_bad=skip_bad)
+    done: Tokenized[Any] = tokenized((_Preferences if shape == "preference" else _Feedback)(tokenizer, rules), rows, how)
+    assert isinstance(done.samples, Samples)
+    return replace(done, samples=Pairs(done.samples) if shape == "preference" else Ratings(done.samples, max_length))
 
 
-def tokenize_feedback(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    *,
-    max_length: int,
-    chat_template: str | None = None,
-    encoder_decoder: bool = False,
-    skip_bad: bool = False,
-) -> Tokenized[Any]:
-    """`Rated` samples of feedback rows, in their order. The mismatched answer is the next row's that has another prompt, so that two
-    ratings of one prompt are no match of theirs; where all rows share a prompt, it is the next row's. DataError if no row is left."""
-    encode = _encoder(rows, "feedback", Encoder(tokenizer, max_length, chat_template, encoder_decoder))
-    whole, bad = _whole(rows, lambda row: encode(row["prompt"], row["completion"], kind_of(row)), skip_bad)
-    kept = [(one, row) for one, row in whole if encode.learns(encode.cut(one))]
-    samples = [
-        Rated(encode.cut(one), row["label"], encode.with_answer_of(one, kept[j][0]))
-        for (one, row), j in zip(kept, _partners([row["prompt"] for _, row in kept]), strict=True)
-    ]
-    return _counted(samples, rows, encode, [(one,) for one, _ in kept], bad)
+def mark_of(row: Row) -> int:
+    """Of a feedback row: twice a number of 56 bits that equal prompts share, and one more where the answer is wanted."""
+    prompt = hashlib.blake2b(canonical({"prompt": row["prompt"]}).encode(), digest_size=7).digest()
+    return 2 * int.from_bytes(prompt) + bool(row["label"])
 
 
 def collate_preferences(items: Sequence[Preferred], pad_id: int) -> dict[str, torch.Tensor]:
@@ -170,58 +225,15 @@ def rows_of(batch: Mapping[str, Any], where: slice) -> dict[str, Any]:
     return {key: value[:, : targets if key == "labels" else width] for key, value in part.items()}
 
 
-def _encoder(rows: Sequence[Row], shape: str, encode: Encoder) -> Encoder:
-    if not len(rows):
-        raise DataError("there are no rows to tokenize")
-    if (found := shape_of(rows[0])) != shape:
-        raise DataError(f"these rows are {found} data; expected {shape} rows")
-    return encode
+def _first(sample: Encoded) -> int:
+    """How many tokens stand before the answer."""
+    return next((i for i, label in enumerate(sample.labels) if label != IGNORED), len(sample.labels))
 
 
 def _shared(a: list[int], b: list[int]) -> bool:
     """Whether two answers follow the same prompt: a token at the border may have been joined with one of them."""
     n = min(len(a), len(b))
     return a == b or (abs(len(a) - len(b)) <= 1 and a[: n - 1] == b[: n - 1])
-
-
-def _whole(rows: Sequence[Row], encode: Callable[[Row], Any], skip_bad: bool) -> tuple[list[tuple[Any, Row]], list[str]]:
-    """What each row is as tokens, uncut, and what is wrong with those that are left out. DataError for the first unless `skip_bad`."""
-    done, bad = list[tuple[Any, Row]](), list[str]()
-    for i, row in enumerate(rows):
-        try:
-            done.append((encode(row), row))
-        except DataError as error:
-            said = f"{place_of(rows, i)}: {error}"
-            if not skip_bad:
-                raise DataError(said) from None
-            bad.append(said)
-    return done, bad
-
-
-def _counted(
-    samples: list[Any], rows: Sequence[Row], encode: Encoder, whole: Sequence[Sequence[Encoded]], bad: list[str]
-) -> Tokenized[Any]:
-    """With the account; `whole`: each sample's sequences, uncut."""
-    if not samples:
-        why = f", and {len(bad)} cannot be used: {bad[0]}" if bad else ""
-        raise DataError(f"none of the {len(rows)} rows has a trained token in every answer within max_length={encode.max_length}{why}")
-    both = encode.encoder_decoder
-    uncut = sum(len(one.input_ids) + both * len(one.labels) for ones in whole for one in ones)
-    cut = [encode.cut(one) for ones in whole for one in ones]
-    tokens = tokens_of(encode.tokenizer, Samples.of(cut, "target" if both else "token"))
-    counts = replace(
-        tokens,
-        rows=len(rows),
-        samples=len(samples),
-        truncated=sum(any(map(encode.long, ones)) for ones in whole),
-        cut=uncut - tokens.tokens,
-        trained=sum(label != IGNORED for one in cut for label in one.labels[0 if both else 1 :]),
-        dropped=len(rows) - len(samples) - len(bad),
-        bad=len(bad),
-        named=tuple(bad[:LISTED]),
-    )
-    account = account_of(encode.tokenizer, counts, shape_of(rows[0]), encode.max_length, encoder_decoder=both)
-    return Tokenized(samples, len(rows), truncated=counts.truncated, dropped=counts.dropped, bad=len(bad), account=account)
 
 
 def _partners(prompts: Sequence[Any]) -> list[int]:

@@ -6,14 +6,17 @@ Rows that are in one of our shapes already go through unchanged; of others only 
 
 alpaca      {instruction, input?, output, system?, history?}, Dolly's {instruction, context, response}             -> chat
 sharegpt    {conversations} with {from, value} or {role, content}; also under conversation and messages            -> chat
-messages    OpenAI's, contents as parts joined, tool calls kept; TRL's prompt and completion of messages           -> chat
-            (a row's list of `tools` is kept in it, and not shown to the chat template: the reason says so)
+messages    OpenAI's, contents as parts joined; TRL's prompt and completion of messages                            -> chat
+            ShareGPT's function_call and OpenAI's tool_calls become calls as templates expect them, with arguments that are objects;
+            a row's `tools`, described as OpenAI does or by name, description and parameters alone, go to the template with it
 preference  {prompt, chosen, rejected} of texts or messages, without a prompt, LLaMA-Factory's ranking, Anthropic's whole dialogs
 feedback    {prompt, completion, label}, LLaMA-Factory's kto_tag
 pair, classify, tag, text under their everyday names (PAIRS, TEXTS, LABELS, TAGS)
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -88,9 +91,11 @@ class Format:
         """What was recognized by what, and what is not used."""
         mapped = renamed(found, self.columns) if self.columns else found
         back = dict(self.columns)
-        rest = [back.get(key, key) for key in mapped if key not in self.uses and key != "kind"]
+        shown = ("tools",) if self.shape in ("chat", "preference", "feedback") and mapped.get("tools") else ()
+        rest = [back.get(key, key) for key in mapped if key not in (*self.uses, "kind", *shown)]
         used = ", ".join(f"{back[key]} as {key}" if key in back else key for key in self.uses)
         what = f"{self.name}: column{'s' * (len(self.uses) > 1)} {used}"
+        what += "; tools go to the chat template" if shown else ""
         return what + (f"; {self.how}" if self.how else "") + (f"; not used: {names(rest)[1:-1]}" if rest else "")
 
 
@@ -291,12 +296,12 @@ def check_columns(columns: Mapping[str, str], first: Row, where: object) -> None
             raise DataError(f"columns={{{ours}: {theirs}}}: {where} has no {theirs!r}, but {names(found)}. {hint}".rstrip())
 
 
-def _kept(row: Row, made: Row) -> Row:
+def _kept(row: Row, made: Row, where: object) -> Row:
     """With what a row of any format may bring along: its kind, and the tools of a chat."""
     if row.get("kind") is not None:
         made["kind"] = int(row["kind"]) if isinstance(row["kind"], str) and row["kind"].isdecimal() else row["kind"]
-    if row.get("tools") and "messages" in made:
-        made["tools"] = row["tools"]
+    if "messages" in made or isinstance(made.get("prompt"), list):
+        made |= _tools(row, where)
     return made
 
 
@@ -331,6 +336,8 @@ def _native(shape: Shape, row: Row, where: object) -> Row:
         change |= _lists(row, ("prompt", "completion"), where)
     if isinstance(row.get("kind"), str) and row["kind"].isdecimal():
         change["kind"] = int(row["kind"])
+    if shape in ("preference", "feedback"):
+        change |= _tools(row, where)
     return row | change if change else row
 
 
@@ -357,7 +364,7 @@ def _answers(row: Row, where: object) -> Row:
 
 
 def _renaming(columns: dict[str, str], row: Row, where: object) -> Row:
-    return _kept(row, {ours: _get(row, theirs, where) for ours, theirs in columns.items()})
+    return _kept(row, {ours: _get(row, theirs, where) for ours, theirs in columns.items()}, where)
 
 
 def _said(columns: dict[str, str], row: Row, where: object) -> Row:
@@ -365,13 +372,14 @@ def _said(columns: dict[str, str], row: Row, where: object) -> Row:
 
 
 def _tagged(tokens: str, tags: str, row: Row, where: object) -> Row:
-    return _kept(row, {"tokens": _list(_get(row, tokens, where), where, tokens), "tags": _list(_get(row, tags, where), where, tags)})
+    return _kept(row, {"tokens": _list(_get(row, tokens, where), where, tokens), "tags": _list(_get(row, tags, where), where, tags)}, where)
 
 
 def _chat(shared: bool, row: Row, where: object) -> Row:
     """Our own chat; a row without messages is left to `check_row`. `shared`: roles go by ShareGPT's names."""
     messages = _messages(row["messages"], where, "messages", shared=shared) if "messages" in row else None
-    return row if messages is row.get("messages") else row | {"messages": messages}
+    tools = _tools(row, where)
+    return row if messages is row.get("messages") and not tools else row | {"messages": messages} | tools
 
 
 def _talk(key: str, row: Row, where: object) -> list[Row]:
@@ -384,12 +392,12 @@ def _talk(key: str, row: Row, where: object) -> list[Row]:
 
 
 def _shared(key: str, row: Row, where: object) -> Row:
-    return _kept(row, {"messages": _talk(key, row, where)})
+    return _kept(row, {"messages": _talk(key, row, where)}, where)
 
 
 def _prompted(row: Row, where: object) -> Row:
     prompt = [{**m, "train": False} for m in _messages(_get(row, "prompt", where), where, "prompt")]
-    return _kept(row, {"messages": [*prompt, *_messages(_get(row, "completion", where), where, "completion")]})
+    return _kept(row, {"messages": [*prompt, *_messages(_get(row, "completion", where), where, "completion")]}, where)
 
 
 def _users(columns: tuple[str, str, str], row: Row, where: object) -> list[Row]:
@@ -412,7 +420,7 @@ def _users(columns: tuple[str, str, str], row: Row, where: object) -> list[Row]:
 def _alpaca(columns: tuple[str, str, str, str], row: Row, where: object) -> Row:
     answer = {"role": "assistant", "content": _text(row, columns[3], where)}
     _get(row, columns[1], where)
-    return _kept(row, {"messages": [*_users(columns[:3], row, where), answer]})
+    return _kept(row, {"messages": [*_users(columns[:3], row, where), answer]}, where)
 
 
 def _judgment(row: Row, where: object) -> bool:
@@ -425,7 +433,7 @@ def _judgment(row: Row, where: object) -> bool:
 
 def _judged(make: Make, row: Row, where: object) -> Row:
     *prompt, answer = make(row, where)["messages"]
-    return _kept(row, {"prompt": prompt, "completion": [answer], "label": _judgment(row, where)})
+    return _kept(row, {"prompt": prompt, "completion": [answer], "label": _judgment(row, where)}, where)
 
 
 def _judged_talk(key: str, row: Row, where: object) -> Row:
@@ -433,7 +441,7 @@ def _judged_talk(key: str, row: Row, where: object) -> Row:
     if not prompt or not isinstance(answer, dict) or answer.get("role") != "assistant":
         message = f"{where}: {key!r} does not end with an answer of the assistant's after what it answers"
         raise BadRow(message, where, reason="no answer to judge", field=key)
-    return _kept(row, {"prompt": prompt, "completion": [answer], "label": _judgment(row, where)})
+    return _kept(row, {"prompt": prompt, "completion": [answer], "label": _judgment(row, where)}, where)
 
 
 def _ranked(columns: tuple[str, str, str], row: Row, where: object) -> Row:
@@ -443,14 +451,14 @@ def _ranked(columns: tuple[str, str, str], row: Row, where: object) -> Row:
         if isinstance(value, str):
             value = [{"role": "assistant", "content": _text(row, key, where)}]
         made[key] = _messages([value] if _is_message(value) else value, where, key, shared=True)
-    return _kept(row, made)
+    return _kept(row, made, where)
 
 
 def _ranked_talk(key: str, row: Row, where: object) -> Row:
     made: Row = {"prompt": _talk(key, row, where)}
     for answer in ("chosen", "rejected"):
         made[answer] = _messages([_get(row, answer, where)], where, answer, shared=True)
-    return _kept(row, made)
+    return _kept(row, made, where)
 
 
 def _implicit(row: Row, where: object) -> Row:
@@ -459,7 +467,7 @@ def _implicit(row: Row, where: object) -> Row:
     if not start:
         message = f"{where}: 'chosen' and 'rejected' begin with different messages, so there is no prompt; give it in a column 'prompt'"
         raise BadRow(message, where, reason="no common prompt", field="prompt")
-    return _kept(row, {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]})
+    return _kept(row, {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}, where)
 
 
 def _common(one: list[Row], two: list[Row]) -> int:
@@ -478,7 +486,7 @@ def _dialogs(row: Row, where: object) -> Row:
         message = f"{where}: 'chosen' and 'rejected' have no common beginning with 'Assistant:'; give the prompt in a column 'prompt'"
         raise BadRow(message, where, reason="no common prompt", field="prompt")
     at += len("Assistant:")
-    return _kept(row, {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]})
+    return _kept(row, {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}, where)
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------------
@@ -530,7 +538,7 @@ def _message(message: Any, where: object, key: str, i: int, shared: bool) -> Any
     if not isinstance(message, dict):
         return message  # what is wrong with it `check_row` says
     role, content = message.get("role"), message.get("content")
-    usual = isinstance(content, str) and (role in SPOKEN if shared else isinstance(role, str))
+    usual = isinstance(content, str) and (role in SPOKEN if shared else isinstance(role, str)) and not message.get("tool_calls")
     if usual and isinstance(message.get("train", True), bool) and message.get("weight") is None:
         return message
     made = {k: v for k, v in message.items() if v is not None or k in ("role", "content")}
@@ -538,15 +546,68 @@ def _message(message: Any, where: object, key: str, i: int, shared: bool) -> Any
         made |= {"role": made.pop("from", None), "content": made.pop("value", None)}
         shared = True
     if shared and isinstance(made.get("role"), str):
+        if made["role"].lower() == "function_call" and (calls := _said_calls(made.get("content"))):
+            made |= {"content": "", "tool_calls": calls}
         made["role"] = _role(made["role"], where, key, i)
-    if made.get("content") is None and made.get("tool_calls"):
-        made["content"] = ""
+    if made.get("tool_calls"):
+        made |= {"content": made.get("content") or "", "tool_calls": _calls(made["tool_calls"], f"{where}: message {i} of {key!r}", where)}
     if isinstance(made.get("content"), list):
         made["content"] = "".join(_part(part, where, key, i) for part in made["content"])
     if "weight" in made and "train" not in made:  # OpenAI's name for it: 0 or 1
         made["train"] = {0: False, 1: True}.get(made["weight"], made["weight"]) if isinstance(made["weight"], int) else made["weight"]
         del made["weight"]
     return made
+
+
+def _tools(row: Row, where: object) -> Row:
+    """{"tools": functions described as OpenAI does}, of a list or the JSON of one; {} where the row has none. BadRow for anything else."""
+    if not row.get("tools"):
+        return {}
+    tools = []
+    for i, tool in enumerate(_list(row["tools"], where, "tools"), 1):
+        tool = _filled(tool)
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            what = names(tool) if isinstance(tool, dict) else kind(tool)
+            message = f"{where}: tool {i} is {what}; expected {{type: function, function: {{name, description, parameters}}}}"
+            raise BadRow(message, where, reason="a tool without a name", field="tools")
+        tools.append({"type": "function", "function": inner})
+    return {"tools": tools}
+
+
+def _calls(value: Any, name: str, where: object) -> list[Row]:
+    """Calls as templates expect them: arguments are an object, not the JSON of one."""
+    made = []
+    for call in value if isinstance(value, list) else [value]:
+        call = _filled(call)
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            message = f"{name} has a tool call that is {kind(call)} without a name; expected {{function: {{name, arguments}}}}"
+            raise BadRow(message, where, reason="a tool call without a name", field="tool_calls")
+        arguments = inner.get("arguments", {})
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        outer = {key: value for key, value in call.items() if key in ("id", "type")}
+        made.append({"type": "function"} | outer | {"function": {"name": inner["name"], "arguments": arguments}})
+    return made
+
+
+def _said_calls(content: Any) -> list[Row]:
+    """What ShareGPT's function_call says: a call, or a list of them, as JSON; none where it is written in another way."""
+    try:
+        said = json.loads(content)
+    except (TypeError, ValueError, RecursionError):
+        return []
+    calls = said if isinstance(said, list) else [said]
+    return calls if all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls) else []
+
+
+def _filled(value: Any) -> Any:
+    """Without the empty fields that a table gives every object."""
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _role(role: str, where: object, key: str, i: int) -> str:

@@ -7,8 +7,9 @@ classify    {"text", "label"}                 label: a string or an integer
 tag         {"tokens", "tags"}                lists of one length: words, and a string or an integer for each
 preference  {"prompt", "chosen", "rejected"}  all three strings, or all three lists of messages
 feedback    {"prompt", "completion", "label"} label: true or false; the others both strings, or both lists of messages
-Other keys may stand beside these; they are kept and ignored, but for `kind`, an integer from 0 on: which kind of sample the row is, for
-methods that tell kinds apart. It counts where every row has one.
+Other keys may stand beside these; they are kept and ignored, but for two:
+kind    an integer from 0 on: which kind of sample the row is, for methods that tell kinds apart; it counts where every row has one
+tools   beside messages: what the assistant may call, as OpenAI describes functions; it goes to the chat template
 """
 
 import hashlib

@@ -5,6 +5,7 @@ offsets        [n + 1]    int64, sample k is ids[offsets[k] : offsets[k + 1]]
 labels         [tokens], [target tokens] or [n]   int32, by layout: as long as the ids, a decoder's own target, or a class's number
 label_offsets  [n + 1]    of a decoder's targets
 kinds          [n]        int32, −1 where a row names none; absent where no row names one
+marks          [n]        int64, of feedback
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,12 +34,14 @@ class Samples(Sequence[Sample], Generic[Sample]):
     labels: Ints
     label_offsets: Ints | None = None
     kinds: Ints | None = None
+    marks: Ints | None = None
 
     @staticmethod
     def of(samples: Sequence[Any], layout: Layout) -> "Samples[Any]":
         """The arrays of Encoded or Labeled ones."""
         labels = (s.label for s in samples) if layout == "class" else chain.from_iterable(s.labels for s in samples)
         kinds = [-1 if s.kind is None else s.kind for s in samples]
+        marks = [s.mark for s in samples if layout != "class" and s.mark is not None]
         return Samples(
             layout,
             np.fromiter(chain.from_iterable(s.input_ids for s in samples), dtype=np.int32),
@@ -46,6 +49,7 @@ class Samples(Sequence[Sample], Generic[Sample]):
             np.fromiter(labels, dtype=np.int32),
             ends(len(s.labels) for s in samples) if layout == "target" else None,
             np.asarray(kinds, dtype=np.int32) if max(kinds, default=-1) >= 0 else None,
+            np.asarray(marks, dtype=np.int64) if marks else None,
         )
 
     @staticmethod
@@ -53,6 +57,7 @@ class Samples(Sequence[Sample], Generic[Sample]):
         """All parts' samples, in order."""
         first = parts[0]
         known = any(part.kinds is not None for part in parts)
+        marks = [part.marks for part in parts if part.marks is not None]
         return Samples(
             first.layout,
             np.concatenate([part.ids for part in parts]),
@@ -60,6 +65,7 @@ class Samples(Sequence[Sample], Generic[Sample]):
             np.concatenate([part.labels for part in parts]),
             ends(np.concatenate([np.diff(_offsets(part)) for part in parts])) if first.layout == "target" else None,
             np.concatenate([part.every_kind for part in parts]) if known else None,
+            np.concatenate(marks) if marks else None,
         )
 
     @property
@@ -94,7 +100,8 @@ class Samples(Sequence[Sample], Generic[Sample]):
             made = Labeled(ids, int(self.labels[k]), kind)
         else:
             at = _offsets(self)
-            made = Encoded(ids, self.labels[at[k] : at[k + 1]].tolist(), kind)
+            mark = None if self.marks is None else int(self.marks[k])
+            made = Encoded(ids, self.labels[at[k] : at[k + 1]].tolist(), kind, mark)
         return made  # type: ignore[no-any-return]
 
 

@@ -5,55 +5,83 @@ A word that the tokenizer drops (a lone control character) has no label. Longer 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.core.errors import DataError, did_you_mean
-from lorakit.data.account import Counts, account_of
+from lorakit.core.errors import DataError
+from lorakit.data.account import Counts
 from lorakit.data.encoded import IGNORED, Encoded
-from lorakit.data.row import Row, kind_of, shape_of
+from lorakit.data.row import Row, kind_of
 from lorakit.data.samples import Samples
-from lorakit.data.tokenize import Label, Tokenized, place_of, tokens_of
+from lorakit.data.tokenized import How, Label, Rules, Tokenized, Tokenizing, number_of, shape_among, tokenized
 
 
 def tokenize_tags(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], names: Sequence[Label], *, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    names: Sequence[Label],
+    *,
+    max_length: int,
+    skip_bad: bool = False,
+    how: How | None = None,
 ) -> Tokenized[Encoded]:
     """Samples of tag rows, labels aligned with their tokens; a tag's number is its place in `names` .
 
     DataError for a tag that is not among them, or if no row keeps a labeled token.
     """
-    if not len(rows):
-        raise DataError("there are no rows to tokenize")
-    if (shape := shape_of(rows[0])) != "tag":
-        raise DataError(f"these rows are {shape} data; token classification needs {{tokens, tags}} rows")
-    words = Words(tokenizer)
-    if (room := max_length - len(words.before) - len(words.after)) < 1:
-        raise DataError(f"max_length is {max_length}, and the tokenizer's own tokens take all of it; raise it")
-    number = {name: i for i, name in enumerate(names)}
-    samples, truncated, cut = list[Encoded](), 0, 0
-    for i, row in enumerate(rows):
+    shape_among(rows, ["tag"], "token classification needs {tokens, tags} rows")
+    return tokenized(_Tags(tokenizer, Rules("tag", max_length, classes=tuple(names), skip_bad=skip_bad)), rows, how)
+
+
+class _Tags(Tokenizing):
+    needs = "a labeled token"
+
+    def check(self) -> None:
+        """DataError where nothing but the tokenizer's own tokens would fit."""
+        super().check()
+        if self._room < 1:
+            raise DataError(f"max_length is {self.rules.max_length}, and the tokenizer's own tokens take all of it; raise it")
+
+    @cached_property
+    def _words(self) -> "Words":
+        return Words(self.tokenizer)
+
+    @cached_property
+    def _number(self) -> dict[Label, int]:
+        return {name: i for i, name in enumerate(self.rules.classes)}
+
+    @property
+    def _room(self) -> int:
+        return self.rules.max_length - len(self._words.before) - len(self._words.after)
+
+    def some(self, rows: Sequence[Row]) -> tuple[list[Encoded], Counts]:
+        """Rows without their last words, where they are too long."""
+        made, beyond = list[Encoded](), list[int]()
+        for row in rows:
+            sample, more = self._sample(row)
+            if sample.trained:
+                made.append(sample)
+                beyond.append(more)
+        truncated, dropped = sum(map(bool, beyond)), len(rows) - len(made)
+        return made, Counts(rows=len(rows), truncated=truncated, cut=sum(beyond), dropped=dropped)
+
+    def tokens(self, samples: Samples[Any], made: list[Any]) -> Counts:
+        """Every label is read where it stands."""
+        return replace(super().tokens(samples, made), trained=int((samples.labels != IGNORED).sum()))
+
+    def _sample(self, row: Row) -> tuple[Encoded, int]:
+        """The sample, and how many tokens are cut from it."""
+        words, room = self._words, self._room
         pieces = words.pieces(row["tokens"])
+        numbers = [number_of(tag, self._number, "tag") for tag in row["tags"]]
         ids = [token for piece in pieces for token in piece]
-        if (unknown := next((tag for tag in row["tags"] if tag not in number), None)) is not None:
-            hint = did_you_mean(str(unknown), map(str, number))
-            raise DataError(f"{place_of(rows, i)}: the tag {unknown!r} is not among the known ones. {hint}".rstrip())
-        labels = [label for piece, tag in zip(pieces, row["tags"], strict=True) for label in _labels(piece, number[tag])]
-        sample = Encoded(
-            [*words.before, *ids[:room], *words.after],
-            [*[IGNORED] * len(words.before), *labels[:room], *[IGNORED] * len(words.after)],
-            kind_of(row),
-        )
-        if sample.trained:
-            samples.append(sample)
-            truncated += len(ids) > room
-            cut += max(0, len(ids) - room)
-    if not samples:
-        raise DataError(f"none of the {len(rows)} rows has a labeled token within max_length={max_length}")
-    trained, dropped = sum(sample.trained for sample in samples), len(rows) - len(samples)
-    counts = Counts(rows=len(rows), truncated=truncated, cut=cut, trained=trained, dropped=dropped)
-    counts += tokens_of(tokenizer, Samples.of(samples, "token"))
-    return Tokenized(samples, len(rows), truncated=truncated, dropped=dropped, account=account_of(tokenizer, counts, "tag", max_length))
+        labels = [label for piece, number in zip(pieces, numbers, strict=True) for label in _labels(piece, number)]
+        whole = [*words.before, *ids[:room], *words.after]
+        learned = [*[IGNORED] * len(words.before), *labels[:room], *[IGNORED] * len(words.after)]
+        return Encoded(whole, learned, kind_of(row)), max(0, len(ids) - room)
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[list[int], list[int | None]]:

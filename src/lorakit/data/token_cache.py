@@ -29,13 +29,13 @@ from lorakit.core.errors import BadParameter, CheckpointError
 from lorakit.data.account import Counts
 from lorakit.data.samples import Layout, Samples, gathered
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever this package's own code would make other samples of the same rows, or count otherwise."""
 INDEX = "index.json"
 PARTIAL = ".partial-"
 STALE = 86_400.0
 """Seconds after which what a killed process left is removed."""
-TYPES = {"ids": np.int32, "offsets": np.int64, "labels": np.int32, "label_offsets": np.int64, "kinds": np.int32}
+TYPES = {"ids": np.int32, "offsets": np.int64, "labels": np.int32, "label_offsets": np.int64, "kinds": np.int32, "marks": np.int64}
 
 Parts = Iterable[tuple[Samples[Any], Counts]]
 
@@ -108,7 +108,7 @@ class TokenCache:
         if int(offsets[-1]) != len(ids) or int(offsets[0]):
             return None
         labels = found.get("labels", ids)  # where every token is its own label, they are not written twice
-        return Entry(Samples(layout, ids, offsets, labels, found.get("label_offsets"), found.get("kinds")), counts)
+        return Entry(Samples(layout, ids, offsets, labels, found.get("label_offsets"), found.get("kinds"), found.get("marks")), counts)
 
     def _made(self, place: Path, layout: Layout, parts: Parts) -> Entry:
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.root))
@@ -203,7 +203,7 @@ def _in_memory(parts: Parts, layout: Layout, why: str) -> Entry:
 def _write(folder: Path, layout: Layout, parts: Parts) -> None:
     """All arrays and the index. Of the samples, only a few at a time are in memory."""
     counts, all_learned = Counts(), layout == "token"
-    arrays = {name: _Array(folder / f"{name}.npy", TYPES[name]) for name in ("ids", "offsets", "labels", "label_offsets", "kinds")}
+    arrays = {name: _Array(folder / f"{name}.npy", TYPES[name]) for name in TYPES}
     known = False
     try:
         arrays["offsets"].add(np.zeros(1))
@@ -218,10 +218,11 @@ def _write(folder: Path, layout: Layout, parts: Parts) -> None:
             arrays["ids"].add(samples.ids)
             arrays["labels"].add(samples.labels)
             arrays["kinds"].add(samples.every_kind)
+            arrays["marks"].add(() if samples.marks is None else samples.marks)
     finally:
         for array in arrays.values():
             array.close()
-    unused = {"labels": all_learned, "label_offsets": layout != "target", "kinds": not known}
+    unused = {"labels": all_learned, "label_offsets": layout != "target", "kinds": not known, "marks": not arrays["marks"].n}
     for name in [name for name, drop in unused.items() if drop]:
         (folder / f"{name}.npy").unlink()
         del arrays[name]

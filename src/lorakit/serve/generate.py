@@ -1,6 +1,6 @@
 """Text from an opened model: streamed, greedy by default."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from threading import Thread
 from typing import Any
 
@@ -8,9 +8,8 @@ import torch
 from transformers import TextIteratorStreamer
 
 from lorakit.core.errors import BadParameter
+from lorakit.data.chat import Chats, Message, Tools
 from lorakit.serve.open import Opened
-
-Message = dict[str, str]
 
 
 def stream(opened: Opened, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
@@ -20,13 +19,19 @@ def stream(opened: Opened, prompt: str, *, max_new_tokens: int = 128, temperatur
 
 
 def stream_chat(
-    opened: Opened, messages: list[Message], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    opened: Opened,
+    messages: Sequence[Message],
+    *,
+    tools: Tools | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[str]:
-    """Pieces of the assistant's next turn. Raises BadParameter when the tokenizer has no chat template."""
+    """Pieces of the assistant's next turn, which may be a call of one of the `tools`. Raises BadParameter without a chat template."""
     if opened.tokenizer.chat_template is None:
         raise BadParameter("this model's tokenizer has no chat template; use generate, or train with --chat-template")
-    out: Any = opened.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    yield from _stream(opened, out["input_ids"], max_new_tokens, temperature, seed)
+    ids = torch.tensor([Chats(opened.tokenizer).prompt(messages, tools)])
+    yield from _stream(opened, ids, max_new_tokens, temperature, seed)
 
 
 def complete(opened: Opened, prompt: str, **options: Any) -> str:

@@ -108,7 +108,7 @@ def answers(opened: Opened, rows: list[Row]) -> float:
     for row in rows:
         if shape == "chat":
             *before, last = row["messages"]
-            made, reference = stream_chat(opened, list(before)), last["content"]
+            made, reference = stream_chat(opened, before, tools=row.get("tools")), last["content"]
         else:
             made, reference = stream(opened, row["prompt"]), row["completion"]
         predictions.append("".join(made))

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.attach import Adapted
-from lorakit.data.chat import encode_chat
+from lorakit.data.chat import Chats, encode_chat
 from lorakit.data.encoded import IGNORED, Encoded, encode_pair
 from lorakit.data.packable import eval_mode
 from lorakit.data.row import Row, data_hash, shape_of
@@ -130,11 +130,9 @@ class Asked:
         """Tokens as text, without the special ones."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """A conversation up to the point where the assistant speaks."""
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        rendered: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-        return list(rendered["input_ids"])
+    def chat(self, messages: Sequence[dict[str, Any]], row: Row) -> list[int]:
+        """A conversation of the row's up to the point where the assistant speaks."""
+        return Chats(self.tokenizer).prompt(messages, row.get("tools"))
 
     def plain(self, text: str) -> list[int]:
         """A text as a prompt, as in training."""
@@ -142,12 +140,13 @@ class Asked:
         closed = ids[-1:] == [self.tokenizer.eos_token_id] and not self.adapted.model.config.is_encoder_decoder  # type: ignore[union-attr]
         return ids[:-1] if closed else ids
 
-    def log_p(self, prompt: Any, completion: Any) -> float:
-        """log p(completion | prompt) in nats, of strings or of messages."""
+    def log_p(self, row: Row, answer: str) -> float:
+        """log p(answer | prompt) in nats, of strings or of messages under these keys of the row."""
+        prompt, completion = row["prompt"], row[answer]
         sample = (
             encode_pair(self.tokenizer, prompt, completion)
             if isinstance(prompt, str)
-            else encode_chat(self.tokenizer, [*prompt, *completion], train_on="last")
+            else encode_chat(self.tokenizer, [*prompt, *completion], train_on="last", tools=row.get("tools"))
         )
         cut = Encoded(sample.input_ids[: self.max_length], sample.labels[: self.max_length])
         if all(label == IGNORED for label in cut.labels[1:]):
@@ -195,7 +194,7 @@ def _texts(asked: Asked) -> list[Sample]:
 
 def _chats(asked: Asked) -> list[Sample]:
     places = {id(row): _last_answer(row["messages"]) for row in asked.rows}
-    said = asked.twice(lambda row: asked.answer(asked.chat(row["messages"][: places[id(row)]])))
+    said = asked.twice(lambda row: asked.answer(asked.chat(row["messages"][: places[id(row)]], row)))
     found = []
     for row, both in zip(asked.rows, said, strict=True):
         messages, at = row["messages"], places[id(row)]
@@ -257,7 +256,7 @@ def _tags(asked: Asked) -> list[Sample]:
 
 
 def _preferences(asked: Asked) -> list[Sample]:
-    pairs = asked.twice(lambda row: (asked.log_p(row["prompt"], row["chosen"]), asked.log_p(row["prompt"], row["rejected"])))
+    pairs = asked.twice(lambda row: (asked.log_p(row, "chosen"), asked.log_p(row, "rejected")))
     said = asked.twice(lambda row: asked.answer(_prompt(asked, row)))
     found = []
     for row, (before, after), both in zip(asked.rows, pairs, said, strict=True):
@@ -270,7 +269,7 @@ def _preferences(asked: Asked) -> list[Sample]:
 
 
 def _feedback(asked: Asked) -> list[Sample]:
-    weights = asked.twice(lambda row: asked.log_p(row["prompt"], row["completion"]))
+    weights = asked.twice(lambda row: asked.log_p(row, "completion"))
     said = asked.twice(lambda row: asked.answer(_prompt(asked, row)))
     found = []
     for row, (before, after), both in zip(asked.rows, weights, said, strict=True):
@@ -281,7 +280,7 @@ def _feedback(asked: Asked) -> list[Sample]:
 
 
 def _prompt(asked: Asked, row: Row) -> list[int]:
-    return asked.plain(row["prompt"]) if isinstance(row["prompt"], str) else asked.chat(row["prompt"])
+    return asked.plain(row["prompt"]) if isinstance(row["prompt"], str) else asked.chat(row["prompt"], row)
 
 
 ASK: dict[str, Callable[[Asked], list[Sample]]] = {

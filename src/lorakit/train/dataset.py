@@ -14,11 +14,12 @@ from lorakit.data.account import Account
 from lorakit.data.encoded import Labeled
 from lorakit.data.pack import Windows, collate, pack
 from lorakit.data.pad import n_tokens, n_tokens_both, pad
-from lorakit.data.preference import collate_feedback, collate_preferences, tokenize_feedback, tokenize_preferences
+from lorakit.data.preference import Pairs, Ratings, collate_feedback, collate_preferences, tokenize_answers
 from lorakit.data.row import Row, data_hash
 from lorakit.data.samples import Samples
 from lorakit.data.tag import tokenize_tags
-from lorakit.data.tokenize import How, Tokenized, tokenize_classes, tokenize_rows
+from lorakit.data.tokenize import tokenize_classes, tokenize_rows
+from lorakit.data.tokenized import How, Tokenized
 from lorakit.train.config import TrainConfig
 from lorakit.train.preference import DPO, KTO, Aim
 from lorakit.train.rows import Rows
@@ -54,7 +55,7 @@ class Side:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Each item's `length`. Items that lie on disk are not made for it."""
-        if isinstance(self.items, Samples | Windows):
+        if isinstance(self.items, Samples | Windows | Pairs | Ratings):
             return self.items.lengths
         return np.fromiter(map(self.length, self.items), dtype=np.int64)
 
@@ -189,29 +190,30 @@ def _language(rows: Sequence[Row], making: Making) -> Side:
 
 
 def _tags(rows: Sequence[Row], making: Making) -> Side:
-    done = tokenize_tags(making.tokenizer, rows, making.labels, max_length=making.config.max_length)
+    config = making.config
+    done = tokenize_tags(making.tokenizer, rows, making.labels, max_length=config.max_length, skip_bad=config.skip_bad, how=making.how)
     judge = TagJudge(tuple(map(str, making.labels)))
     padded = partial(pad, pad_id=_pad_id(making.tokenizer))
-    return Side(list(done.samples), padded, 0, str(done), judge=judge, details=done.account, notes=_noted(done))
+    return Side(done.samples, padded, 0, str(done), judge=judge, details=done.account, notes=_noted(done))
 
 
-def _compared(
-    tokenize: Callable[..., Tokenized[Any]], collate: Callable[..., Batch], aim: type[Aim], rows: Sequence[Row], making: Making
-) -> Side:
+def _compared(collate: Callable[..., Batch], aim: type[Aim], rows: Sequence[Row], making: Making) -> Side:
     config = making.config
-    options = {"encoder_decoder": making.encoder_decoder, "skip_bad": config.skip_bad}
-    done = tokenize(making.tokenizer, rows, max_length=config.max_length, **options)
+    done = tokenize_answers(
+        making.tokenizer, rows, max_length=config.max_length, encoder_decoder=making.encoder_decoder, skip_bad=config.skip_bad,
+        how=making.how,
+    )  # fmt: skip
     loss = aim.of(config)
     made, details, notes = partial(collate, pad_id=_pad_id(making.tokenizer)), done.account, _noted(done)
-    return Side(list(done.samples), made, 0, str(done), aim=loss, judge=loss.judge, details=details, notes=notes)
+    return Side(done.samples, made, 0, str(done), aim=loss, judge=loss.judge, details=details, notes=notes)
 
 
 MAKERS: dict[str, Callable[[Sequence[Row], Making], Side]] = {
     "causal-lm": _language,
     "sequence-classification": _classes,
     "token-classification": _tags,
-    "dpo": partial(_compared, tokenize_preferences, collate_preferences, DPO),
-    "kto": partial(_compared, tokenize_feedback, collate_feedback, KTO),
+    "dpo": partial(_compared, collate_preferences, DPO),
+    "kto": partial(_compared, collate_feedback, KTO),
 }
 """Task -> how one side's rows become its items."""
 

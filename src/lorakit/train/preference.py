@@ -224,9 +224,9 @@ class KTO(Aim):
         n, up, down = max(1.0, n), up / max(1.0, n_up), down / max(1.0, n_down)
         return {"accuracy": hits / n, "margin": up - down, "reward_chosen": up, "reward_rejected": down, "kl": z / n}
 
-    def notes(self, items: Sequence[Any]) -> list[str]:
+    def notes(self, items: Any) -> list[str]:
         """Where the two kinds of answers weigh otherwise than the paper advises."""
-        up = sum(item.desirable for item in items)
+        up = int(items.desirable.sum())
         ups, downs = self.desirable_weight * up, self.undesirable_weight * (len(items) - up)
         if not ups or not downs:
             only, does, missing = ("desirable", "more", "avoid") if ups else ("undesirable", "less", "say instead")

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from lorakit.core.errors import DataError
-from lorakit.data.lazy import Chain, LazyRows
+from lorakit.data.lazy import Chain, LazyRows, place_of
 from lorakit.data.mixture import mixed
 from lorakit.data.row import Row, Shape, shape_of
 from lorakit.data.source import Loaded, Reading, Skipped, load_source
@@ -76,6 +76,9 @@ class Judged(LazyRows):
         rest = dict(self.rows[i // 2])
         answers = rest.pop("chosen"), rest.pop("rejected")
         return rest | {"completion": answers[i % 2], "label": i % 2 == 0}
+
+    def where(self, i: int) -> str:
+        return place_of(self.rows, i // 2)
 
 
 def read_tasks(config: TrainConfig) -> list[Rows]:

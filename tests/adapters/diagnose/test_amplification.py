@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
@@ -32,7 +32,6 @@ def of(update: Update, W: Tensor):
 
 
 @given(SIDES, SIDES, st.integers(1, 12), st.integers(0, 10**6), st.sampled_from([0.01, 2.0]))
-@settings(deadline=None)
 def test_every_figure_is_the_dense_one(d_out, d_in, r, seed, s):
     A, B, W = draw(seed, r, d_in), draw(seed + 1, d_out, r), draw(seed + 2, d_out, d_in)
     found = of(factored(Factors(A, B, s))[0], W)

@@ -7,7 +7,7 @@ import math
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from rich.console import Console
@@ -28,7 +28,6 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 @given(st.integers(1, 5), st.integers(5, 9), st.integers(5, 9), st.integers(0, 10**6))
-@settings(deadline=None)
 def test_every_figure_is_that_of_the_dense_update(r, d_out, d_in, seed):
     adapter = random_adapter({"x.q": (d_out, d_in)}, r=r, seed=seed)
     (W,) = dense(adapter).values()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
@@ -31,7 +31,6 @@ def pair(r_a=2, r_b=3, size=(6, 7), seed=0):
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(5, 9), st.integers(5, 9), st.integers(0, 10**6))
-@settings(deadline=None)
 def test_every_entry_is_the_definition_on_dense_updates(r_a, r_b, d_out, d_in, seed):
     a, b = pair(r_a, r_b, (d_out, d_in), seed)
     (one,), (other,) = dense(a).values(), dense(b).values()
@@ -45,7 +44,6 @@ def test_every_entry_is_the_definition_on_dense_updates(r_a, r_b, d_out, d_in, s
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
-@settings(deadline=None)
 def test_symmetric_and_numerators_never_fall(r_a, r_b, seed):
     a, b = pair(r_a, r_b, seed=seed)
     found = grid(a, b)

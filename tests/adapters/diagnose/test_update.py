@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.adapters.diagnose.update import EXACT, Update, factored, together, whole
@@ -16,7 +16,6 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 @given(SIDES, SIDES, st.integers(1, 12), st.integers(0, 99), st.sampled_from([1.0, -2.0, 0.01]))
-@settings(deadline=None)
 def test_thin_is_the_dense_decomposition(d_out, d_in, r, seed, s):
     A, B = draw(seed, r, d_in), draw(seed + 1, d_out, r)
     (update,) = factored(Factors(A, B, s))

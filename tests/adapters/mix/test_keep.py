@@ -22,7 +22,7 @@ def kept(W: Tensor, density: float) -> Tensor:
     return out.view_as(W)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(1, 5),
     entries=st.lists(VALUES, min_size=20, max_size=20),

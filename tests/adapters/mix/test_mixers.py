@@ -42,7 +42,7 @@ def ties(values: list[Tensor], weights: list[float], vote: str) -> Tensor:
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seeds=st.lists(st.integers(0, 99), min_size=2, max_size=4, unique=True),
     density=st.sampled_from([0.1, 0.2, 0.37, 0.5, 0.9, 1.0]),

@@ -54,7 +54,7 @@ def test_overlaps_count_every_expert() -> None:
     assert overlaps(Sources(adapters))[0, 1].item() == pytest.approx(wanted, rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 6))
 def test_non_negative_least_squares(seed: int, n: int) -> None:
     """The conditions of its optimum: d ≥ 0, no gradient where d > 0, none downhill where d = 0."""

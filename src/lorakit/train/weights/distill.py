@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.errors import BadParameter, DataError
+from lorakit.data.chat import Chats
 from lorakit.data.packable import eval_mode
 from lorakit.data.row import Row
 
@@ -80,7 +81,7 @@ def _encoded(tokenizer: Any, before: str, text: str, chat: bool) -> list[int]:
     if chat:
         messages = [{"role": "system", "content": before}] if before else []
         said = [*messages, {"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return Chats(tokenizer).prompt(said)
     ids = list(tokenizer(before + text, add_special_tokens=True)["input_ids"])
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # as data/encoded.py starts a prompt
 
