@@ -12,6 +12,7 @@ than six rounds have no such rank; the interval is then their whole range, and c
 """
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import importlib
@@ -232,6 +233,8 @@ def peak_rise(work: Callable[[], Any], device: str = "cpu") -> int:
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed and is kept for reuse would hide the rise
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark becomes what is resident now
     before = _status("VmRSS")
     work()

@@ -115,13 +115,29 @@ def test_no_cycles_between_modules() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("heavy", ["peft", "accelerate", "datasets", "matplotlib", "typer", "sklearn", "transformers"])
-def test_importing_lorakit_imports_no_more_than_torch(heavy: str, imported: set[str]) -> None:
-    assert heavy not in imported
+EXTRA = {"peft", "accelerate", "datasets", "matplotlib", "sklearn", "pandas", "pyarrow"}
+OF_TRAINING = {"AdapterTrainerMixin", "adapter_trainer"}
 
 
-@pytest.fixture(scope="module")
-def imported() -> set[str]:
-    """Top-level modules after `import lorakit` in a fresh interpreter."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import lorakit; print(*{{m.split('.')[0] for m in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import lorakit", EXTRA | {"typer", "transformers", "torch", "numpy"}),
+        ("import lorakit; [getattr(lorakit, n) for n in lorakit.__all__ if n not in OF_TRAINING]", EXTRA | {"typer", "transformers"}),
+        ("import lorakit.cli.main", EXTRA | {"transformers", "torch", "numpy"}),
+    ],
+)
+def test_what_importing_lorakit_imports(code: str, heavy: set[str]) -> None:
+    found = (
+        f"import sys; sys.path[:0] = {sys.path!r}; OF_TRAINING = {OF_TRAINING!r}; {code}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    )
+    imported = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True).stdout.split()
+    assert not heavy & set(imported)
+
+
+def test_every_name_of_lorakit_is_there() -> None:
+    names: dict[str, object] = {}
+    exec("from lorakit import *", names)
+    assert set(lorakit.__all__) <= names.keys() and set(lorakit.__all__) <= set(dir(lorakit))
+    with pytest.raises(AttributeError, match="no attribute 'attach_'"):
+        lorakit.__getattr__("attach_")

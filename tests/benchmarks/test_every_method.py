@@ -39,6 +39,8 @@ def test_the_rows_that_choose_are_not_those_that_are_reported(tmp_path: Path) ->
     choose, report = (path.read_text(encoding="utf-8").splitlines() for path in bench.halves(Plan(str(tmp_path), samples=20)))
     assert len(choose) == len(report) == 10
     assert not set(choose) & set(report)
+    for half in (choose, report):  # of one kind of question as many as of the other
+        assert sum("Write the signature" in row for row in half) == 5
 
 
 @pytest.mark.parametrize("name", list_methods())

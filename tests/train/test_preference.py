@@ -361,7 +361,7 @@ def test_an_adapter_that_goes_on_is_its_own_reference(tmp_path: Path) -> None:
 
 def test_what_has_no_meaning_is_refused_before_it_starts(tmp_path: Path) -> None:
     for keys, error, match in (
-        ({"method": "hiddenkey"}, Incompatible, "hiddenkey makes its loss of two forwards"),
+        ({"method": "hiddenkey"}, Incompatible, "hiddenkey makes its loss of predicted tokens or classes itself"),
         ({"method": "laplace_lora"}, Incompatible, "fits a posterior"),
         ({"kto": True, "per_device_train_batch_size": 1}, BadParameter, "one sample says nothing"),
         ({"kto": True, "desirable_weight": 0, "undesirable_weight": 0}, BadParameter, "nothing would be learned"),

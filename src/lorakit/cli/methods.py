@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from lorakit.cli import page, scaffold
-from lorakit.core.method import describe, get_method, list_methods
+from lorakit.cli import scaffold
 
 WIDTH = 140  # of what is piped or captured: the length of our source lines
 
 
 def list_(as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False) -> None:
     """List the registered methods. Each with its id, paper, survey section, heading, kind, and its parameters with their defaults."""
+    from lorakit.cli import page
+    from lorakit.core.method import describe, list_methods
+
     entries = sorted(map(describe, list_methods()), key=lambda e: (e.survey, e.heading, e.name))
     if as_json:
         print(json.dumps([e.as_dict() for e in entries], ensure_ascii=False, indent=2))
@@ -33,6 +35,9 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="One JSON list, f
 
 def show(method: Annotated[str, typer.Argument(metavar="METHOD", help="A method's id, as `lorakit list` prints it, or `a+b`.")]) -> None:
     """Show one method. The paper's equations, then the code, then the resolved parts at its defaults."""
+    from lorakit.cli import page
+    from lorakit.core.method import describe, get_method
+
     entry = describe(method)
     console = _console()
     console.rule(f"[bold]{entry.name}[/bold]: {entry.paper}, survey {entry.survey}, {entry.heading}, {entry.kind}", align="left")

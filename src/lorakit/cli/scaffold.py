@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jinja2
 
 from lorakit.core.errors import BadParameter, did_you_mean
-from lorakit.core.method import list_methods
 
 
 class Heading(NamedTuple):
@@ -76,6 +75,8 @@ def _check_name(name: str) -> None:
 
 def _check_new(name: str, checkout: Path | None) -> None:
     """Names are unique over all headings, in the registry and in the checkout."""
+    from lorakit.core.method import list_methods
+
     found = list((checkout / "src/lorakit/methods").glob(f"*/{name}.py")) if checkout else []
     if name in list_methods() or found:
         where = found[0] if found else f"`lorakit show {name}`"

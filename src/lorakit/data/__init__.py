@@ -4,7 +4,9 @@ row, records, recognize, lazy           what a row is; what a file holds; column
 source (jsonl tables textfile folder    a name -> rows, train and validation side
         hub split mixture)
 builtin (docstrings), constructed       real data without a network; tasks whose truth is known
-encoded, chat, tokenize                 rows -> token ids and labels
+encoded, chat                           texts and conversations -> token ids and labels
+tokenized (parallel token_cache)        what all shapes of rows share: a few at a time, counted, in processes, cached
+tokenize, preference, tag               the shapes
 pack (packable), pad, sampler           samples -> windows -> batches, in a resumable order
 tiny                                    config-made models and a tokenizer for tests
 """

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.core.errors import DataError
 from lorakit.data.account import Counts
 from lorakit.data.chat import Chats
-from lorakit.data.encoded import IGNORED, Encoded, encode_pairs, encode_translations, eos_id
+from lorakit.data.encoded import IGNORED, Encoded, encode_pairs, encode_translations
 from lorakit.data.pad import pad
 from lorakit.data.row import KEYS, Row, canonical, kind_of
 from lorakit.data.samples import Samples
@@ -117,11 +117,6 @@ class Ratings(Sequence[Rated]):
 class _Compared(Tokenizing):
     """What both shapes share: a prompt without loss, and answers."""
 
-    def check(self) -> None:
-        """DataError without an EOS."""
-        super().check()
-        eos_id(self.tokenizer)
-
     @cached_property
     def _chats(self) -> Chats:
         return Chats(self.tokenizer, chat_template=self.rules.chat_template)
@@ -135,7 +130,8 @@ class _Compared(Tokenizing):
             raise DataError("an encoder-decoder has no conversations; expected strings in prompt and answers")
         if not all(any(message["role"] == "assistant" for message in answer) for _, _, answer in talks):
             raise DataError("an answer of messages has no assistant message to learn from; give the answers the role assistant")
-        of_texts = iter((encode_translations if self.rules.encoder_decoder else encode_pairs)(self.tokenizer, texts))
+        encode = encode_translations if self.rules.encoder_decoder else encode_pairs
+        of_texts = iter(encode(self.tokenizer, texts) if texts else [])
         messages = [[*({**message, "train": False} for message in prompt), *answer] for _, prompt, answer in talks]
         of_talks = iter(self._chats.encode(messages, [row.get("tools") for row, _, _ in talks]) if talks else [])
         return [replace(next(of_texts if isinstance(prompt, str) else of_talks), kind=kind_of(row)) for row, prompt, _ in said]

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.core.errors import BadParameter, CheckpointError
 from lorakit.data.account import Counts
+from lorakit.data.cache_folder import cache_folder
 from lorakit.data.samples import Layout, Samples, gathered
 
 FORMAT = 2
@@ -59,8 +60,8 @@ class TokenCache:
     @classmethod
     def here(cls) -> Self | None:
         """What the environment says; None where it says off."""
-        root = os.environ.get("LORAKIT_CACHE", "")
-        if root.lower() in ("off", "0", "false", "no"):
+        folder = cache_folder()
+        if folder is None:
             return None
         size = os.environ.get("LORAKIT_CACHE_GB", "20")
         try:
@@ -69,8 +70,7 @@ class TokenCache:
             limit = math.nan
         if not 0 < limit < math.inf:
             raise BadParameter(f"LORAKIT_CACHE_GB={size!r}; expected a number of gigabytes, e.g. 20, or LORAKIT_CACHE=off")
-        below = Path(root).expanduser() if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorakit"
-        return cls(below / "tokens", int(limit * 1e9))
+        return cls(folder / "tokens", int(limit * 1e9))
 
     def entry(self, tokenizer: PreTrainedTokenizerBase, rules: Any, rows_hash: str, parts: Callable[[], Parts]) -> Entry:
         """The samples of these rows under these rules: found, or made from `parts()` and kept. Raises CheckpointError, BadParameter.

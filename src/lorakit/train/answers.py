@@ -7,6 +7,7 @@ Answers are greedy, at most TOKENS long and SECONDS in all: nothing is drawn, so
 with the same words.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Held:
     rows: list[Row]
     notes: tuple[str, ...] = ()
     """What was recognized when the data were read, and why."""
+    talks: bool = False
+    """Whether the rows are conversations."""
 
 
 def held_out(tasks: Sequence[Rows], n: int) -> Held:
@@ -61,7 +64,9 @@ def held_out(tasks: Sequence[Rows], n: int) -> Held:
     share = -(-n // len(tasks))
     some = [row for task in tasks for row in shown(task.valid, share)]
     notes = dict.fromkeys(note for task in tasks for note in task.notes)
-    return Held(shape_of(tasks[0].train[0]), data_hash(row for task in tasks for row in task.valid), some[:n], tuple(notes))
+    first = tasks[0].train[0]
+    talks = "messages" in first or isinstance(first.get("prompt"), list)
+    return Held(shape_of(first), data_hash(row for task in tasks for row in task.valid), some[:n], tuple(notes), talks)
 
 
 def shown(rows: Sequence[Row], n: int) -> list[Row]:
@@ -198,7 +203,7 @@ def _chats(asked: Asked) -> list[Sample]:
     found = []
     for row, both in zip(asked.rows, said, strict=True):
         messages, at = row["messages"], places[id(row)]
-        found.append(Sample(_conversation(messages[:at]), messages[at]["content"] if at < len(messages) else "", *both))
+        found.append(Sample(_conversation(messages[:at], row.get("tools")), _words(messages[at]) if at < len(messages) else "", *both))
     return found
 
 
@@ -208,11 +213,27 @@ def _last_answer(messages: Sequence[dict[str, Any]]) -> int:
     return learned[-1] if learned else len(messages)
 
 
-def _conversation(said: Any) -> str:
-    """Messages to be read; of one alone, its content."""
+def _conversation(said: Any, tools: Sequence[dict[str, Any]] | None = None) -> str:
+    """Messages to be read, the tools that they may call before them; of one alone, its words."""
     if isinstance(said, str):
         return said
-    return str(said[0]["content"]) if len(said) == 1 else "\n".join(f"[{m['role']}] {m['content']}" for m in said)
+    if len(said) == 1 and not tools:
+        return _words(said[0])
+    known = [f"[tools] {', '.join(_signature(tool['function']) for tool in tools)}"] if tools else []
+    return "\n".join([*known, *(f"[{m['role']}] {_words(m)}" for m in said)])
+
+
+def _words(message: dict[str, Any]) -> str:
+    """What a message says, and the calls it makes as JSON, a line each."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([*([str(message["content"])] if message["content"] else []), *calls])
+
+
+def _signature(function: dict[str, Any]) -> str:
+    """A tool's name and what it takes."""
+    parameters = function.get("parameters")
+    takes = parameters.get("properties") if isinstance(parameters, dict) else None
+    return f"{function['name']}({', '.join(takes) if isinstance(takes, dict) else ''})"
 
 
 def _pairs(asked: Asked) -> list[Sample]:
@@ -264,7 +285,7 @@ def _preferences(asked: Asked) -> list[Sample]:
         table += [[name, f"{before[i]:.2f}", f"{after[i]:.2f}"] for i, name in enumerate(("chosen", "rejected"))]
         table.append(["chosen − rejected", f"{before[0] - before[1]:+.2f}", f"{after[0] - after[1]:+.2f}"])
         wanted = f"chosen: {_conversation(row['chosen'])}\nrejected: {_conversation(row['rejected'])}"
-        found.append(Sample(_conversation(row["prompt"]), wanted, *both, table))
+        found.append(Sample(_conversation(row["prompt"], row.get("tools")), wanted, *both, table))
     return found
 
 
@@ -275,7 +296,7 @@ def _feedback(asked: Asked) -> list[Sample]:
     for row, (before, after), both in zip(asked.rows, weights, said, strict=True):
         table = [["log p, nats", "before", "after"], ["this completion", f"{before:.2f}", f"{after:.2f}"]]
         wanted = f"{'desirable' if row['label'] else 'undesirable'}: {_conversation(row['completion'])}"
-        found.append(Sample(_conversation(row["prompt"]), wanted, *both, table))
+        found.append(Sample(_conversation(row["prompt"], row.get("tools")), wanted, *both, table))
     return found
 
 

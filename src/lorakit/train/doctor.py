@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lorakit.core.errors import LorakitError
+from lorakit.data.cache_folder import cache_folder
 from lorakit.ops import triton
 from lorakit.train.allocator import keep_freed_memory
 
@@ -216,14 +217,12 @@ def _paths(problems: list[Problem]) -> dict[str, str]:
 
 def _folders(problems: list[Problem]) -> dict[str, str]:
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface").expanduser()
-    own = os.environ.get("LORAKIT_CACHE", "")
-    tokens = Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorakit"
     places = {
         "here": Path.cwd(),
         "models": Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser(),
         "temporary": Path(tempfile.gettempdir()),
     }
-    if own.lower() not in ("off", "0", "false", "no"):
+    if (tokens := cache_folder()) is not None:
         places["tokens"] = tokens
     facts = {}
     for name, path in places.items():

@@ -61,6 +61,8 @@ class Facts:
     settings_notes: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     """What `lorakit eval` is told of each held-out source."""
+    talks: bool = False
+    """Whether its rows are conversations."""
 
 
 def facts_of(
@@ -107,6 +109,7 @@ def facts_of(
         resumed=resumed,
         settings_notes=list(notes),
         measured=[said for source in settled.sources for said in _measured(*source)],
+        talks=held.talks,
     )
 
 

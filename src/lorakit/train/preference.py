@@ -4,10 +4,13 @@ r(x, y) = log π(y|x) − log π_ref(y|x), summed over the answer's tokens; π i
 
 DPO   loss = mean over pairs of −log σ(β [r(x, y_w) − r(x, y_l)])                                            arXiv:2305.18290, eq. 7
 KTO   v = λ_D σ(β [r(x, y) − z])  where y is wanted,  λ_U σ(β [z − r(x, y)])  where it is not                arXiv:2402.01306, eq. 7-8
-      loss = mean of λ_y − v,   z = max(0, mean of r(x, y') over the micro-batch), y' an answer to another prompt; no gradient through z
+      loss = mean of λ_y − v,   z = max(0, mean of r(x, y') over the micro-batch of all processes), y' an answer to another prompt; no
+      gradient through z. Of held-out answers z is the mean over all of them. So DPO's loss does not depend on how a step is divided into
+      micro-batches, and KTO's does; neither depends on the number of processes.
 
 An answer's reward is β r. The reference goes first and gets the same rows in the same layout, under the same state of the base's own
-dropout, so an adapter that starts silent gives the same bits twice: r = 0, and DPO's first loss is ln 2 exactly.
+dropout and through layers that are compiled where the policy's are, so an adapter that starts silent gives the same bits twice: r = 0, and
+DPO's first loss is ln 2 exactly.
 """
 
 from abc import ABC, abstractmethod
@@ -46,12 +49,14 @@ class Judged(NamedTuple):
 class Ratios:
     """r of rows of a batch. Without an adapter the model is its own reference: r is 0, and has the policy's gradient.
 
-    `within` makes the context of one forward of the policy.
+    `within` makes the context of one forward of the policy; `compiled`: whether the layers of a forward with gradients are (train/compile.py).
     """
 
     model: nn.Module
     adapted: Adapted | None = None
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    world: World | None = None
+    compiled: bool = False
 
     def __call__(self, batch: Batch) -> Tensor:
         """r of each row, fp32 [b]."""
@@ -60,15 +65,22 @@ class Ratios:
             policy = row_log_probs(self.model, inputs)
         return policy - (policy.detach() if reference is None else reference)
 
+    def mean(self, r: Tensor) -> Tensor:
+        """The mean of all processes' r [b], a scalar; each process must ask."""
+        sums = torch.stack([r.sum(), r.new_full((), len(r))])
+        if self.world is not None:
+            self.world.total_(sums)
+        return sums[0] / sums[1]
+
     def _reference(self, adapted: Adapted, batch: Batch) -> Tensor:
         """log π_ref: the state of the random generators is given back, so that the policy's forward drops what this one dropped.
 
-        Where an adapter is the reference, it goes the way of the policy's, which rounds differently without gradients; the graph is dropped
-        at once.
+        Where an adapter is the reference, or layers are compiled, it goes the way of the policy's, which rounds differently without
+        gradients; the graph, if there is one, is dropped at once.
         """
         device = batch["input_ids"].device
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        grad = torch.set_grad_enabled(torch.is_grad_enabled() and REFERENCE in adapted.methods)
+        grad = torch.set_grad_enabled(torch.is_grad_enabled() and (self.compiled or REFERENCE in adapted.methods))
         with grad, generators, aside(adapted), self.within(), told(self.model, batch) as inputs:
             return row_log_probs(self.model, inputs).detach()
 
@@ -122,8 +134,8 @@ class Aim(ABC):
         name = "this method" if method.recipe is None else method.recipe.name
         if method.objective is not None:
             raise Incompatible(
-                f"{name} makes its loss of two forwards' predictions that must agree, and {self.name} has another loss; "
-                "choose another method, or a parameter that leaves that term out (hiddenkey: kl=0)"
+                f"{name} makes its loss of predicted tokens or classes itself, and {self.name} has another loss; "
+                "choose another method, or a parameter that leaves that term out (hiddenkey: kl=0, loramoe: balance=0)"
             )
         if any(getattr(spec, "likelihood", False) for spec in method.controllers):
             raise Incompatible(f"{name} fits a posterior of predicted tokens or classes, and {self.name} predicts none; train with lora")
@@ -210,13 +222,27 @@ class KTO(Aim):
             r, z = ratios(batch)[:b], torch.zeros((), device=wanted.device)
         else:
             with torch.no_grad():
-                z = ratios(rows_of(batch, slice(b, None))).mean().clamp_min(0)
+                z = ratios.mean(ratios(rows_of(batch, slice(b, None)))).clamp_min(0)
             r = ratios(rows_of(batch, slice(0, b)))
+        return self._judged(r, z, wanted)
+
+    def judge(self, model: nn.Module, batches: Iterable[Batch], world: World, adapted: Adapted | None) -> dict[str, float]:
+        """With z of all samples: how they are divided into batches and among processes decides nothing."""
+        ratios, found = Ratios(model, adapted, world=world), [(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.bool))]
+        for batch in batches:
+            b = len(batch["desirable"])
+            r, others = (ratios(rows_of(batch, some)).cpu() for some in (slice(0, b), slice(b, None)))
+            found.append((r, others, batch["desirable"].cpu()))
+        r, others, wanted = map(torch.cat, zip(*found, strict=True))
+        totals = world.total(*self._judged(r, ratios.mean(others).clamp_min(0), wanted).sums.tolist())
+        return {"loss": self.mean(totals)} | self.figures(totals)
+
+    def _judged(self, r: Tensor, z: Tensor, wanted: Tensor) -> Judged:
         sign, weight = _either(wanted, 1.0, -1.0, r), _either(wanted, self.desirable_weight, self.undesirable_weight, r)
         losses = weight * torch.sigmoid(self.beta * sign * (z - r))  # λ (1 − σ(u)) = λ σ(−u)
         rewards = self.beta * r
         hits, parts = sign * (r - z) > 0, (wanted, rewards * wanted, ~wanted, rewards * ~wanted)
-        return Judged(losses.sum(), b, _sums(losses, torch.ones_like(r), *parts, hits, z.expand(b)))
+        return Judged(losses.sum(), len(r), _sums(losses, torch.ones_like(r), *parts, hits, z.expand(len(r))))
 
     def figures(self, sums: list[float]) -> dict[str, float]:
         """Mean rewards of wanted and unwanted answers, their difference, and z; an answer is right on the side of z where it is wanted."""

@@ -200,7 +200,7 @@ def usage(facts: Facts) -> Pairs:
     """What one does next."""
     path = f"{dict(facts.provenance)['output folder']}/adapter"
     folder, loaded = word(path), f"os.path.expanduser({path!r})" if path.startswith("~") else repr(path)
-    talk = [("talk to it", f"lorakit chat {folder}")] if facts.shape in ("chat", "preference", "feedback") else []
+    talk = [("talk to it", f"lorakit chat {folder}")] if facts.talks else []
     say = [] if facts.shape in ("classify", "tag") else [("continue a text", f"lorakit generate {folder} --prompt 'Once'")]
     return [
         *talk,

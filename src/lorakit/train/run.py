@@ -226,7 +226,8 @@ class Run:
         number = (info.index * self.config.gradient_accumulation_steps + i) * self.world.size + self.world.rank
         if (aim := self.shown.train.aim) is not None:
             within = partial(self.adapted.given, step=number, seed=self.config.seed)
-            judged = aim(Ratios(self.adapted.model, self.adapted, within), batch)
+            ratios = Ratios(self.adapted.model, self.adapted, within, self.world, compiled=self.compiled is not None)
+            judged = aim(ratios, batch)
             sums += judged.sums
             return judged.loss, judged.sums[0], judged.n
         done: list[Scored] = []

@@ -37,7 +37,7 @@ from lorakit.train.distributed import World, shard, world
 from lorakit.train.ending import conclude
 from lorakit.train.facts import facts_of, started
 from lorakit.train.log import read_log
-from lorakit.train.preference import REFERENCE
+from lorakit.train.preference import REFERENCE, Aim
 from lorakit.train.report import Report
 from lorakit.train.rows import Rows, read_tasks, remembered
 from lorakit.train.run import Result, Run
@@ -148,8 +148,9 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
     adapted.notes += data.notes
     if config.packing and "packing" in config.model_fields_set and rows.task not in ("causal-lm", CLASSIFY):
         adapted.notes.append(f"packing is for texts to continue or to answer: the samples of task={rows.task} are padded")
+    adapted.notes += idle_keys(config, aim, rows.task)
     if aim is not None:
-        adapted.notes += aim.notes(data.train.items)
+        adapted.notes += dict.fromkeys(note for task in data.tasks for note in aim.notes(task.train.items))
         if begun is not None:  # what it began as is the reference, beside what it becomes
             adapted.add(REFERENCE, adapted.state()).switch("default")
     adapted.meta = describe_run(config, data, tokenizer) | ({} if begun is None else {"init_adapter": begun.provenance()})
@@ -225,6 +226,13 @@ def make_data(
     data = replace(first, later=tuple(later))
     check_vocabulary(data, len(model.get_input_embeddings().weight), config.model)  # type: ignore[operator]
     return data
+
+
+def idle_keys(config: TrainConfig, aim: Aim | None, task: str) -> list[str]:
+    """Which keys that the user gave the task does not know."""
+    keys = {"beta", "desirable_weight", "undesirable_weight"} - set({} if aim is None else aim.keys()) | ({"train_on"} if task != "causal-lm" else set())
+    given = [key for key in sorted(keys) if getattr(config, key) != TrainConfig.model_fields[key].default]
+    return [f"{', '.join(given)}: without effect on task={task}"] if given else []
 
 
 def describe_run(config: TrainConfig, data: TrainData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
