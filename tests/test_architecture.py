@@ -124,6 +124,7 @@ OF_TRAINING = {"AdapterTrainerMixin", "adapter_trainer"}
     [
         ("import lorakit", EXTRA | {"typer", "transformers", "torch", "numpy"}),
         ("import lorakit; [getattr(lorakit, n) for n in lorakit.__all__ if n not in OF_TRAINING]", EXTRA | {"typer", "transformers"}),
+        ("import lorakit; lorakit.list_methods()", EXTRA | {"typer", "transformers"}),
         ("import lorakit.cli.main", EXTRA | {"transformers", "torch", "numpy"}),
     ],
 )

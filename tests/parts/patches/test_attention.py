@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_utils import AttentionInterface
 
 from lorakit import Incompatible, attach, get_method
 from lorakit.core.context import Cell
@@ -92,13 +93,15 @@ def test_the_later_patch_acts_first() -> None:
     assert order[:2] == ["b", "a"]
 
 
-def test_copies_carry_patches_of_their_own() -> None:
+def test_copies_carry_patches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = base("llama")
     patch = Through(model)
     model.add_module("patch", patch)
     patch.install()
     want = out(model)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    copied, pickled = copy.deepcopy(model), pickle.dumps(model)
+    monkeypatch.delitem(AttentionInterface._global_mapping, attention.NAME)  # as in a process that has attached nothing
+    for again in (pickle.loads(pickled), copied):
         again.patch.calls.clear(), patch.calls.clear()
         assert same_bits(out(again), want)
         assert again.patch.calls

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_utils import AttentionInterface
 
 from lorakit.core.context import Cell
 from lorakit.core.errors import Incompatible
@@ -99,6 +98,12 @@ class Around:
     config: Any
     patches: list[tuple[AttentionPatch, int]]
 
+    def __post_init__(self) -> None:
+        _interface().register(NAME, attend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a pickled model may be opened where nothing was attached yet
+
 
 def attention_paths(model: nn.Module) -> list[str]:
     """The attention modules of a model, in order: whatever holds a query, key or value projection."""
@@ -117,7 +122,7 @@ def check(module: nn.Module, path: str) -> None:
     """Raise Incompatible unless the module's attention goes through the interface in a supported form."""
     config = getattr(module, "config", None)
     file = sys.modules[plain_type(module).__module__]
-    if config is None or not isinstance(getattr(file, "ALL_ATTENTION_FUNCTIONS", None), AttentionInterface):
+    if config is None or not isinstance(getattr(file, "ALL_ATTENTION_FUNCTIONS", None), _interface()):
         raise Incompatible(f"{path} ({type(module).__name__}) does not use Transformers' attention interface, which this method changes")
     found = config._attn_implementation
     if found not in (*SUPPORTED, NAME):
@@ -173,4 +178,7 @@ def _divert(module: nn.Module) -> Around:
     return around
 
 
-AttentionInterface.register(NAME, attend)
+def _interface() -> Any:
+    from transformers.modeling_utils import AttentionInterface  # the registry of methods is read without Transformers
+
+    return AttentionInterface
