@@ -4,6 +4,7 @@ Blocks are marked as in README (tests/test_readme.py); those of a page run in on
 its own test (tests/cli/test_mix.py).
 """
 
+import html
 import html.parser
 import inspect
 import itertools
@@ -20,11 +21,11 @@ import pytest
 from typer.testing import CliRunner
 
 import lorakit
-from lorakit.cli import docs, measured, page, reference
+from lorakit.cli import docs, measured, page, reference, results
 from lorakit.cli.flags import parse_flags
 from lorakit.cli.main import app
 from lorakit.core.method import Entry, describe, get_method, list_methods
-from lorakit.train.config import FIELDS, read_config
+from lorakit.train.config import FIELDS, TrainConfig, read_config
 from tests.test_readme import blocks, execute
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,30 @@ def test_what_goes_with_a_method_is_what_is_accepted() -> None:
     assert "only one can act" in joined["adalora"]["sora"]
     assert "[`dora`](dora.md)" in docs.goes_with(describe("qlora"), joined)
     assert "`sora`" not in docs.goes_with(describe("adalora"), joined)
+
+
+def test_a_cell_shows_what_it_is_given() -> None:
+    """Markdown's extensions read bars, <words> and braces in it, and what they take nobody sees."""
+    markdown = pytest.importorskip("markdown")
+    cells = ["r at {regex: r}", "`str | None`", "a | b", "builtin:<task>/<kind>", '<a id="x"></a>`x`', "`<name>`", "{a, b}, {c, d}"]
+    shown = markdown.markdown(results.grid(["key", "meaning"], [[cell, "m"] for cell in cells]), extensions=["tables", "attr_list"])
+    rows = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>m</td>\s*</tr>", shown, flags=re.DOTALL)
+    found = [html.unescape(re.sub(r"</?code>", "`", row)) for row in rows]
+    assert found == cells and set(re.findall(r"<(\w+)", "".join(rows))) == {"code", "a"}
+    assert '<th class="sentences">meaning</th>' in shown
+
+
+def test_types_are_written_as_one_would() -> None:
+    assert reference.annotation(TrainConfig.model_fields["train_data"].annotation) == "str | tuple[str, ...] | dict[str, float]"
+    assert not [name for name in FIELDS if "FieldInfo" in reference.annotation(TrainConfig.model_fields[name].annotation)]
+
+
+def test_lora_itself_is_known_to_peft() -> None:
+    assert docs.outside(describe("lora")).startswith("PEFT's type `LORA`")
+    assert docs.outside(describe("dora")).startswith("PEFT's type `LORA`") and docs.outside(describe("vera")).startswith(
+        "PEFT's type `VERA`"
+    )
+    assert docs.outside(describe("sora")).startswith("PEFT has no type of its own")
 
 
 def test_the_templates_of_a_new_method_say_when_to_use_it() -> None:
@@ -261,10 +286,21 @@ def away(address: str) -> bool:
 def test_nothing_is_fetched_from_elsewhere(site: Path, built: dict[Path, Page]) -> None:
     assert len(built) > len(list_methods())
     assert [(path.name, address) for path, one in built.items() for address in one.fetched if away(address)] == []
+    own = {(path.parent / re.split("[?#]", a)[0]).resolve() for path, one in built.items() for a in one.fetched if path.name != "404.html"}
+    assert {path.name for path in own} >= {"site.css", "flags.js"} and [path for path in own if not path.exists()] == []
     for path in site.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
         assert [u for u in re.findall(r"(?:@import\s+|url\()[\"']?([^\"')\s]+)", text) if away(u)] == [], path
     assert "mermaid" not in set.union(*(one.classes for one in built.values())), "the theme would fetch what draws it"
+
+
+@pytest.mark.slow
+def test_nothing_of_a_table_is_taken_for_markup(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        for cell in re.findall(r"<td.*?</td>", path.read_text(encoding="utf-8"), flags=re.DOTALL):
+            assert re.match(r'<td(?: style="[^"]*"| class="[^"]*")*>', cell), (path, cell)
+            assert set(re.findall(r"<([\w-]+)", cell)) <= {"td", "a", "code", "em", "strong", "br"}, (path, cell)
+            assert "\\|" not in cell, (path, cell)
 
 
 @pytest.mark.slow

@@ -1,5 +1,10 @@
-"""A GGUF LoRA, read back with gguf's own reader; the order of rows against Transformers' reader of GGUF models."""
+"""A GGUF LoRA, read back with gguf's own reader; the order of rows against Transformers' reader of GGUF models, names against llama.cpp's.
 
+LLAMA_CPP=<a checkout of llama.cpp> also compares whole files with those of its convert_lora_to_gguf.py.
+"""
+
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,16 +13,47 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Conv1D, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 import lorakit
-from lorakit.adapters.gguf import ARCHITECTURES, Written, to_gguf
+from lorakit.adapters.convert import convert
+from lorakit.adapters.gguf import ARCHITECTURES, Written, architecture, tensor_names, to_gguf
 from lorakit.core.adapter import Adapter
 from tests.adapters.subject import shaken, tiny_model
 
-TINY = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gpt2", "gpt_neox")
+TINY = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gpt2", "gpt_neox", "gpt_oss")
 NAMES = {"gpt2": "blk.0.attn_qkv.weight", "gpt_neox": "blk.0.attn_qkv.weight"}
+
+QKV = {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
+ATTENTION = QKV | {"self_attn.o_proj": "attn_output"}
+USUAL = ATTENTION | {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+FUSED = {"query_key_value": "attn_qkv", "dense": "attn_output"}
+UP = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
+PHI3 = {"self_attn.qkv": "attn_qkv", "self_attn.o": "attn_output", "mlp.gate_up": "ffn_up", "mlp.down": "ffn_down"}
+STORED: dict[str, tuple[str, dict[str, str]]] = {
+    "llama": ("llama", USUAL),
+    "mistral": ("llama", USUAL),
+    "mixtral": ("llama", ATTENTION),
+    "qwen2": ("qwen2", USUAL),
+    "qwen3": ("qwen3", USUAL),
+    "qwen3_moe": ("qwen3moe", ATTENTION),
+    "gemma": ("gemma", USUAL),
+    "gemma2": ("gemma2", USUAL),
+    "gemma3_text": ("gemma3", USUAL),
+    "phi": ("phi2", QKV | {"self_attn.dense": "attn_output", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}),
+    "phi3": ("phi3", {f"{x}_proj": y for x, y in PHI3.items()}),
+    "gpt2": ("gpt2", {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}),
+    "gpt_neox": ("gptneox", {f"attention.{x}": y for x, y in FUSED.items()} | UP),
+    "gpt_oss": ("gpt-oss", ATTENTION),
+    "bloom": ("bloom", {f"self_attention.{x}": y for x, y in FUSED.items()} | UP),
+    "granite": ("granite", USUAL),
+    "olmo2": ("olmo2", USUAL),
+    "smollm3": ("smollm3", USUAL),
+    "starcoder2": ("starcoder2", ATTENTION | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}),
+}
+"""Of every architecture: general.architecture, and what llama.cpp's own converter calls the linear weights of a layer."""
 
 
 def opened(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -48,13 +84,72 @@ def written(tmp_path: Path, arch: str, **kwargs: Any) -> tuple[Written, Adapter,
     return to_gguf(adapter, tmp_path / "x.gguf", config=config, name="mine"), adapter, config
 
 
+def small(arch: str) -> PreTrainedModel:
+    """The tiny model of that kind, or Transformers' own in that size."""
+    if arch in TINY:
+        return tiny_model(arch)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    own = {"n_layer": 2, "n_head": 4} if arch == "bloom" else {"num_key_value_heads": 4 if arch == "phi" else 2, "num_local_experts": 4}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes, **own, **ids))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_names_are_those_of_llama_cpps_converter(arch: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small(arch).config)
+    config = model.config.to_dict()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and ".1." in name]
+    linear = [name for name in linear if not name.endswith(("mlp.gate", "mlp.router"))]
+    kind, wanted = STORED[arch]
+    found = tensor_names(architecture(config), config, linear)
+    assert {name.partition(".1.")[2]: gg for name, gg in found.items()} == {name: f"blk.1.{gg}.weight" for name, gg in wanted.items()}
+    assert gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture(config).name]] == kind
+
+
+def test_rows_that_are_turned() -> None:
+    B = torch.arange(12)[:, None]
+    turned = {
+        ".q_proj": [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11],
+        ".k_proj": [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11],
+        ".query_key_value": [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11],
+    }
+    halves, apart = {".q_proj", ".k_proj"}, {".query_key_value"}
+    of = {"llama": halves, "mistral": halves, "mixtral": halves, "granite": halves, "smollm3": halves, "gpt_neox": apart, "bloom": apart}
+    for arch, kind in ARCHITECTURES.items():
+        assert set(kind.turns) == of.get(arch, set())
+        config = {"n_head": 2} if arch == "bloom" else {"num_attention_heads": 2, "num_key_value_heads": 1}
+        assert {end: turn(B, config)[:, 0].tolist() for end, turn in kind.turns.items()} == {end: turned[end] for end in kind.turns}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no checkout of llama.cpp")
+@pytest.mark.parametrize("arch", sorted(set(ARCHITECTURES) - {"gpt2"}))  # llama.cpp refuses what its converter makes of gpt2's
+def test_the_same_file_as_llama_cpps_converter(arch: str, tmp_path: Path) -> None:
+    model = small(arch)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "base")
+    adapted = shaken(model, "lora", sites=[f"*{end}" for end in STORED[arch][1]], r=3, alpha=5.0)
+    adapted.save(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "peft", model=model)
+    script = Path(os.environ["LLAMA_CPP"]) / "convert_lora_to_gguf.py"
+    words = [sys.executable, script, "--base", tmp_path / "base", "--outfile", tmp_path / "theirs.gguf", tmp_path / "peft"]
+    subprocess.run(words, check=True, capture_output=True, text=True)
+    to_gguf(adapted.state(), tmp_path / "ours.gguf", config=model.config.to_dict(), name="x")
+    (theirs, a), (ours, b) = (opened(tmp_path / f"{name}.gguf") for name in ("theirs", "ours"))
+    for key in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha"):
+        assert theirs[key] == ours[key]
+    assert set(a) == set(b)
+    assert [name for name, values in a.items() if values.dtype != b[name].dtype or not np.array_equal(values, b[name])] == []
+
+
 @pytest.mark.parametrize("arch", TINY)
 def test_metadata_names_shapes_and_values(arch: str, tmp_path: Path) -> None:
     found, adapter, config = written(tmp_path, arch)
     facts, tensors = opened(found.path)
     assert (facts["general.type"], facts["adapter.type"], facts["general.name"]) == ("adapter", "lora", "mine")
     assert facts["adapter.lora.alpha"] == 5.0
-    assert facts["general.architecture"] == {"mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox"}.get(arch, arch.replace("_", ""))
+    assert facts["general.architecture"] == found.architecture == STORED[arch][0]
     assert len(tensors) == 2 * len(adapter.sites)
     assert NAMES.get(arch, "blk.0.attn_q.weight") + ".lora_a" in tensors
     turned = back(arch, deltas(found.path), config)

@@ -13,13 +13,15 @@ from tests.cli.typed import run
 
 def test_facts_and_problems() -> None:
     output = run("doctor", "--model", "bundled")
-    assert "what a run uses" in output and "torch" in output and "BROKEN" not in output
+    assert "what a run uses" in output and "torch" in output and "BROKEN" not in output and output.endswith("nothing is broken\n")
+    assert "lorakit export --to gguf" in output and "--to <str>" in run("export", "--help"), "flags that it names are there"
     found = json.loads(run("doctor", "--json"))
     assert found["facts"]["versions"]["lorakit"] and isinstance(found["problems"], list)
 
 
 def test_something_broken_is_exit_code_1(tmp_path: Path) -> None:
-    assert "BROKEN: cannot read" in run("doctor", "--model", str(tmp_path), code=1)
+    output = run("doctor", "--model", str(tmp_path), code=1)
+    assert "BROKEN: cannot read" in output and output.endswith("1 of these must be mended before anything runs\n")
 
 
 @pytest.mark.slow

@@ -16,3 +16,10 @@ def test_values_are_those_of_a_file() -> None:
 def test_values_without_brackets_are_told_them() -> None:
     with pytest.raises(BadParameter, match=r"unexpected argument 'k_proj'; .* several values as --key '\[a, b\]'"):
         parse_flags(["--sites", "q_proj", "k_proj"])
+
+
+def test_a_list_of_texts_is_one_where_several_may_be_given() -> None:
+    names = {"strings": frozenset({"train_data"}), "several": frozenset({"train_data"})}
+    assert parse_flags(["--train-data", "[a.jsonl, b.jsonl]"], **names) == {"train_data": ["a.jsonl", "b.jsonl"]}
+    assert parse_flags(["--train-data", "{a.jsonl: 1}"], **names) == {"train_data": {"a.jsonl": 1}}
+    assert parse_flags(["--train-data", "[draft] a.jsonl"], **names) == {"train_data": "[draft] a.jsonl"}

@@ -108,8 +108,11 @@ def test_the_cache_is_filled(files: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tokenized, "LARGE", 5)
     monkeypatch.setenv("LORAKIT_CACHE", str(files / "cache"))
     said = command(files, "text")
-    assert f"cache: {files / 'cache' / 'tokens'}" in said
+    assert re.search(rf"^tokenized in [0-9.]+ s, and kept in the cache, {files / 'cache' / 'tokens'}$", said, re.MULTILINE)
     assert len([f for f in (files / "cache" / "tokens").iterdir() if f.is_dir()]) == 1
+    assert f"found in the cache, {files / 'cache' / 'tokens'}, in " in command(files, "text")
+    monkeypatch.setenv("LORAKIT_CACHE", "off")
+    assert "s; the cache is off" in command(files, "text")
 
 
 def test_what_looks_wrong_is_noted(files: Path) -> None:

@@ -27,6 +27,7 @@ def trained(tmp: Path, *words: str) -> tuple[list[list[str]], dict[str, float]]:
     base = ["train", "--model", model_folder(tmp / "model"), "--output-dir", str(tmp / "out"), "--max-steps", "2", "--quiet"]
     said = run(*base, "--per-device-train-batch-size", "4", "--report-samples", "0", *words)
     assert "…" not in said, "names and figures are whole"
+    assert f"report: {tmp / 'out' / 'report.html'}" in said.splitlines()
     page = html.unescape(re.sub(r"<[^>]+>", "\n", (tmp / "out" / "report.html").read_text(encoding="utf-8")))
     typed = [shlex.split(line) for line in page.splitlines() if line.startswith("lorakit eval ")]
     return typed, json.loads((tmp / "out" / "result.json").read_text())["final"]

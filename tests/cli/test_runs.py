@@ -47,6 +47,22 @@ def test_real_runs_are_listed_sorted_and_compared(tmp_path: Path, monkeypatch: p
     assert "Held-out loss" in words and "learning_rate" in words and page.count('class="line c') >= 6
 
 
+def test_curves_and_names_say_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, task in (("a", "dpo"), ("b", "causal-lm"), ("c", "nothing known")):
+        folder = write(Path("runs", name), result=1.0, record={"task": task}, run_name="named" if name == "a" else None)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens_per_second": 3.0}) + "\n")
+        (folder / "result.json").write_text(
+            json.dumps({"steps": 2, "final": {"kl": 0.5, "loss": 1.0}, "trainable_params": 1, "seconds": 14.7})
+        )
+    assert [c.title for c in overlaid(find(["runs"]))] == ["Pairs, trained tokens, tokens a second"]
+    assert [c.title for c in overlaid(find(["runs/b"]))] == ["Trained tokens a second"]
+    run("runs", "runs/a", "runs/b", "--compare", "--html", "page.html")
+    words = checked(Path("page.html").read_text()).words
+    assert "KL" in words and "named" in words and "b" not in words, "a name that is the folder's stands once"
+    assert ("seconds", [15, 15, 15]) in compare(find(["runs"])).figures
+
+
 def test_states_are_told_apart(tmp_path: Path) -> None:
     write(tmp_path / "a", result=1.0)
     write(tmp_path / "b")

@@ -36,6 +36,12 @@ def test_single_aliases_are_flags(folder: Path) -> None:
     assert "config" not in run("train", *words, "--r", "2", "--quiet", "--output-dir", "quiet")
 
 
+def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
+    words = ("--model", "model", "--train-data", "rows.jsonl", "--max-length", "64", "--max-steps", "1", "--quiet")
+    output = run("train", *words, "--output-dir", "out[bold]", "--train-on", "last")
+    assert "adapter: out[bold]/adapter\nreport: out[bold]/report.html\n" in output
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -41,6 +41,12 @@ def test_the_rules_are_said_with_their_counts():
     )
 
 
+def test_an_eos_that_is_cut_off_again_is_not_claimed():
+    rows = [{"prompt": "the ", "completion": "thing"}, {"prompt": "the ", "completion": "a" * 30}]
+    said = tokenize_rows(TOKENIZER, rows, max_length=16).account.lines()[1]
+    assert said == "EOS         <eos> appended to 2 of 2 completions; it is trained on, unless max_length cuts it off, as in 1"
+
+
 def test_padding_with_eos_is_explained():
     same = tiny_tokenizer()
     same.pad_token = same.eos_token

@@ -58,6 +58,15 @@ def test_whoever_stops_listening_ends_all_of_them():
     assert not children()
 
 
+@pytest.mark.parametrize(("n", "started"), [(0, 0), (1, 0), (2, 2), (9, 2)])
+def test_no_more_processes_than_tasks_and_cores(monkeypatch, n, started):
+    monkeypatch.setattr("lorakit.data.parallel.cores", lambda: 2)
+    results = in_processes(partial(answer, 2), range(n), 16)
+    assert next(results, 0) == 0
+    assert len(children()) == started
+    assert list(results) == [2 * i for i in range(1, n)]
+
+
 def children():
     """Our worker processes that are still there."""
     found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=False).stdout

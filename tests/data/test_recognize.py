@@ -97,6 +97,10 @@ CASES = {
         {"prompt": "hi", "chosen": [A], "rejected": [NO]},
         {"prompt": [U], "chosen": [A], "rejected": [NO]},
     ),
+    "answers that are one message each": (
+        {"prompt": [U], "chosen": A, "rejected": NO},
+        {"prompt": [U], "chosen": [A], "rejected": [NO]},
+    ),
     "implicit prompt": ({"chosen": [S, U, A], "rejected": [S, U, NO]}, {"prompt": [S, U], "chosen": [A], "rejected": [NO]}),
     "ranking": (
         {"instruction": "hi", "input": "", "chosen": "yo", "rejected": "no"},
@@ -217,7 +221,7 @@ def test_columns_give_our_names_to_the_files():
     [
         ({"prompt": "qestion"}, "row 1 has no 'qestion', but {answer, question}. Did you mean 'question'?"),
         ({"promt": "question"}, "'promt' is no name of ours. Did you mean 'prompt'?"),
-        ({"question": "prompt"}, "'question' is no name of ours. it maps our names to the file's"),
+        ({"question": "prompt"}, "'question' is no name of ours. Ours stand on the left: {prompt: question}"),
         ({"role": "from"}, "row 1 has no 'from', but {}."),
     ],
 )
@@ -235,18 +239,22 @@ def test_a_column_that_is_not_there_is_answered_with_the_nearest(columns, messag
         ([{"instruction": "a", "output": ""}], "'output' is empty", "empty text"),
         ([{"instruction": "", "input": "", "output": "b"}], "'instruction' is empty", "empty text"),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "text": "b"}], "has no 'output', but {instruction", "other keys"),
-        ([{"instruction": "a", "output": 3}], "'output' is a int; expected a string", "a int for a string"),
+        ([{"instruction": "a", "output": 3}], "'output' is an integer; expected a string", "an integer for a string"),
         ([{"instruction": "a", "output": "b", "history": [["x"]]}], "turn 1 of 'history' is a list", "history"),
         ([{"question": "a", "answer": ""}], "'completion' is empty", "empty text"),
         ([{"chosen": [U, A], "rejected": [S, NO]}], "begin with different messages", "no common prompt"),
         ([{"chosen": "a", "rejected": "b"}], "no common beginning with 'Assistant:'", "no common prompt"),
-        ([{"instruction": "a", "output": "b", "kto_tag": "maybe"}], "'kto_tag' is a str; expected true or false", "true or false"),
+        ([{"instruction": "a", "output": "b", "kto_tag": "maybe"}], "'kto_tag' is a string; expected true or false", "true or false"),
         ([{"messages": [U], "kto_tag": True}], "does not end with an answer", "no answer"),
-        ([{"tokens": ["a"], "ner_tags": "x"}], "'ner_tags' is a str; expected a list", "for a list"),
+        ([{"tokens": ["a"], "ner_tags": "x"}], "'ner_tags' is a string; expected a list", "for a list"),
         ([{"tokens": ["a", "b"], "ner_tags": [1]}], "2 tokens and 1 tags", "not one tag a token"),
         ([{"conversations": fv(("human", "a")), "chosen": {}, "rejected": {}}, {"conversations": []}], "empty list", "empty list"),
         ([{"promt": "a", "completion": "b"}], "Did you mean 'prompt'? (found 'promt')", "no known set of keys"),
         ([{}], "no known set of keys: {}", "no known set of keys"),
+        (
+            [{"prompt": [U], "chosen": [A], "rejected": [NO]}, {"prompt": [], "chosen": [A], "rejected": [NO]}],
+            "'prompt' is an empty list", "an empty list for messages",
+        ),
     ],
 )  # fmt: skip
 def test_a_bad_row_names_the_field_and_what_was_expected(rows, message, reason):
@@ -280,9 +288,9 @@ def test_columns_that_nobody_knows_are_answered_with_what_to_type():
 
 
 @pytest.mark.parametrize(("row", "said"), [
-    ({"messages": [U, A], "tools": ["f"]}, r"tool 1 is a str; expected \{type: function"),
+    ({"messages": [U, A], "tools": ["f"]}, r"tool 1 is a string; expected \{type: function"),
     ({"messages": [U, A], "tools": [{"name": "f"}, {"type": "function"}]}, r"tool 2 is \{type\}; expected"),
-    ({"messages": [U, A], "tools": "f, g"}, r"'tools' is a str; expected a list"),
+    ({"messages": [U, A], "tools": "f, g"}, r"'tools' is a string; expected a list"),
     ({"messages": [U, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, r"message 2 of 'messages' has a tool call .* without a name"),
 ])  # fmt: skip
 def test_tools_without_a_name_are_refused(row, said):

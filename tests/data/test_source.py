@@ -1,3 +1,4 @@
+import csv
 import json
 import pickle
 import sys
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from lorakit.core.errors import DataError, MissingExtra
 from lorakit.data import builtin
+from lorakit.data.records import Bytes
 from lorakit.data.source import Reading, load_rows, load_source
 
 ROWS = [{"text": f"row {i}"} for i in range(40)]
@@ -57,7 +59,7 @@ def test_separators_inside_strings_do_not_end_lines_and_blank_lines_are_passed_o
         (b"[" * 100_000, "line 1 is not JSON"),
         (b"\n \n", "holds no rows"),
         (b"", "holds no rows"),
-        (b'{"text": "a"}', "1 rows hold 1 distinct ones, too few to split"),
+        (b'{"text": "a"}', r"data\.jsonl: one row cannot be divided into training and validation"),
     ],
 )
 def test_bad_jsonl_is_one_clear_line(tmp_path, content, message):
@@ -196,14 +198,14 @@ def test_bad_rows_are_left_out_counted_and_listed(tmp_path):
     path = tmp_path / "data.jsonl"
     bad = ["{", '{"text": ""}', '{"text": 3}', '{"txt": "a"}', '{"text": "a", "text": "b"}']
     path.write_text(lines(*ROWS[:2], *bad[:2], *ROWS[2:20], *bad[2:], *ROWS[20:]))
-    with pytest.raises(DataError, match="line 3 is not JSON"):
+    with pytest.raises(DataError, match="line 3 is not JSON .*; skip_bad .--skip-bad. leaves such rows out and counts them$"):
         load_source(path)
     found = load_source(path, reading=Reading(skip_bad=True))
     assert sorted([*found.train, *found.valid], key=ROWS.index) == ROWS
     assert (found.train, found.valid) == tuple(good_sides(tmp_path))
     assert [one.where.rsplit(" ", 1)[1] for one in found.skipped] == ["3", "4", "23", "24", "25"]
     assert [(one.field, one.reason) for one in found.skipped] == [
-        ("", "not JSON"), ("text", "empty text"), ("text", "a int for a string"), ("text", "other keys than the first row's"),
+        ("", "not JSON"), ("text", "empty text"), ("text", "an integer for a string"), ("text", "other keys than the first row's"),
         ("text", "key given twice"),
     ]  # fmt: skip
     account = next(note for note in found.notes if "left out" in note)
@@ -281,3 +283,47 @@ def test_an_own_validation_side_of_another_shape_is_mixed_formats(tmp_path):
     (tmp_path / "b.jsonl").write_text(lines({"prompt": "a", "completion": "b"}))
     with pytest.raises(DataError, match=r"mixed formats: .*a\.jsonl holds text data and .*b\.jsonl pair data; expected one shape"):
         load_source(tmp_path / "a.jsonl", valid=tmp_path / "b.jsonl")
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "größer"},
+        {"text": "a", "label": 1},
+        {"prompt": "für", "completion": "b", "label": True},
+        {"tokens": ["a", "é"], "tags": ["O", 1]},
+        {"messages": [{"role": "user", "content": "¿"}, CALL]},
+        {"conversations": [{"from": "human", "value": "à"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": "a", "chosen": "ß", "rejected": "b"},
+    ],
+    ids=lambda row: ",".join(row),
+)
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_where_good_rows_stand_is_never_asked(tmp_path, monkeypatch, row, kind):
+    """It is known by counting the file's lines up to there: of every row, that would take hours for a large file."""
+    path, rows = tmp_path / f"rows.{kind}", [row | {"kind": i} for i in range(30)]
+    if kind == "jsonl":
+        path.write_text(lines(*rows))
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows({key: json.dumps(v) if isinstance(v, list | bool) else v for key, v in one.items()} for one in rows)
+    monkeypatch.setattr(Bytes, "line_at", lambda *_: pytest.fail("lines were counted"))
+    found = load_source(path)
+    assert len([*found.train, *found.valid]) == 30
+
+
+def test_lines_are_counted_once_for_many_bad_rows(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join('{"text": "a"}\n{"text": ""}\n' for _ in range(2000)) + '{"text": "b"}\n')
+    read = []
+    at = Bytes.at
+    monkeypatch.setattr(Bytes, "at", lambda self, start, end: read.append(end - start) or at(self, start, end))
+    found = load_source(path, reading=Reading(skip_bad=True))
+    assert [one.where.rsplit(" ", 1)[1] for one in found.skipped] == [str(2 * i) for i in range(1, 2001)]
+    assert sum(read) < 5 * path.stat().st_size
+    assert [Bytes(path).line_at(offset) for offset in (0, 14, 28, 14)] == [1, 2, 3, 2]

@@ -133,6 +133,28 @@ ROWS: tuple[list[dict[str, Any]], ...] = (
     [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(6)],
     [{"prompt": f"{i}?", "completion": "yes", "label": i % 2 == 0} for i in range(6)],
     [{"tokens": ["a", f"b{i}"], "tags": ["O", "B-X"]} for i in range(6)],
+    [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} + 1?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": f'{{"a": {i}}}'}}],
+                },
+                {"role": "tool", "content": str(i + 1)},
+            ],
+            "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "x": None}}}],
+        }
+        for i in range(6)
+    ],
+    [
+        {
+            "conversations": [{"from": "human", "value": f"hi {i}"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}],
+            "tools": '[{"name": "f"}]',
+        }
+        for i in range(6)
+    ],
 )
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 

@@ -83,6 +83,42 @@ def test_a_chat_stops_before_the_last_answer_that_is_learned(tokenizer: Any) -> 
     assert two.reference == "hello" and two.prompt == "[system] be brief\n[user] hi"
 
 
+TOOL = {"type": "function", "function": {"name": "gcd", "parameters": {"type": "object", "properties": {"a": {}, "b": {}}}}}
+CALL = {"type": "function", "function": {"name": "gcd", "arguments": {"a": 12, "b": 18}}}
+SAID = '{"name": "gcd", "arguments": {"a": 12, "b": 18}}'
+
+
+def test_calls_of_tools_are_shown(tokenizer: Any) -> None:
+    """A message whose content is empty says what it calls, and a prompt says what may be called."""
+    asked: dict[str, Any] = {"role": "user", "content": "of 12 and 18?"}
+    calls: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
+    rest: list[dict[str, Any]] = [{"role": "tool", "content": "6"}, {"role": "assistant", "content": "6."}]
+    nameless = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    rows: list[Row] = [
+        {"messages": [asked, calls], "tools": [TOOL, nameless]},
+        {"messages": [asked, calls | {"content": "let me see"}, *rest]},
+    ]
+    one, two = samples(adapted(), tokenizer, rows)
+    assert one.prompt == "[tools] gcd(a, b), now()\n[user] of 12 and 18?" and one.reference == f"{SAID}\n{SAID}"
+    assert two.prompt == f"[user] of 12 and 18?\n[assistant] let me see\n{SAID}\n{SAID}\n[tool] 6" and two.reference == "6."
+    (three,) = samples(adapted(), tokenizer, [{"prompt": [asked], "chosen": [calls], "rejected": rest[1:], "tools": [TOOL]}])
+    assert three.prompt.startswith("[tools] gcd(a, b)") and f"chosen: {SAID}\n{SAID}\nrejected: 6." == three.reference
+    (four,) = samples(adapted(), tokenizer, [{"prompt": [asked], "completion": [calls], "label": True, "tools": [TOOL]}])
+    assert four.prompt.startswith("[tools] gcd(a, b)") and SAID in four.reference
+
+
+def test_it_is_known_whether_rows_are_conversations() -> None:
+    said = [{"role": "user", "content": "a"}]
+    rows: list[tuple[Row, bool]] = [
+        ({"messages": said}, True),
+        ({"prompt": said, "chosen": said, "rejected": said}, True),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, False),
+        ({"prompt": "a", "completion": "b", "label": True}, False),
+        ({"text": "a"}, False),
+    ]
+    assert [held_out([Rows([row], [row])], 1).talks for row, _ in rows] == [talks for _, talks in rows]
+
+
 @pytest.mark.parametrize("arch", ["t5"])
 def test_an_encoder_decoder_answers_its_prompt(arch: str) -> None:
     (one,) = samples(adapted(arch), TOKENIZER, [{"prompt": "abc", "completion": "cba"}])

@@ -90,7 +90,14 @@ def test_the_rows_of_a_figure_with_whatever_stands_among_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(0.0, "0"), (2.33, "2.330"), (12345.6, "12,346"), (2.5e-4, "2.5e-4"), (0.5, "0.5000"), (999.96, "1000")]
+    ("value", "said"),
+    [(0.0, "0"), (2.33, "2.330"), (12345.6, "12,346"), (2.5e-4, "2.5e-4"), (0.5, "0.5000"), (999.96, "1000"), (-1.5, "−1.500")],
 )
 def test_numbers_are_brief(value: float, said: str) -> None:
     assert brief(value) == said
+
+
+def test_ticks_below_zero_have_a_true_minus() -> None:
+    assert labels([-0.5, 0.0, 0.5]) == ["−0.5", "0.0", "0.5"]
+    assert labels([-20000.0, 0.0]) == ["−20k", "0"]
+    assert labels([-2e-4, 0.0]) == ["−2e-4", "0"]

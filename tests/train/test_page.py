@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.train.page import duration, environment, figure, plain, signed, size
+from lorakit.train.page import duration, environment, figure, plain, signed, size, spelled
 
 
 @given(st.text(max_size=200))
@@ -33,6 +33,9 @@ def test_a_name_that_a_template_misspells_is_an_error() -> None:
 
 def test_figures() -> None:
     assert [figure(v) for v in (2.3304, 262656, None, 1e12, "x")] == ["2.330", "262,656", "–", "1e+12", "x"]
+    assert [figure(v) for v in (-0.0226, -3, -2.5e-4, -1e12, "-1")] == ["−0.0226", "−3", "−2.5e-4", "−1e+12", "-1"], "true minuses"
+    assert figure(float("nan")) == "nan" and figure(float("-inf")) == "−inf"
+    assert [spelled(k) for k in ("kl", "entity_f1", "reward_chosen")] == ["KL", "entity F1", "reward chosen"]
     assert [signed(v) for v in (0.5, -2.163, 0.0, None, float("nan"))] == ["+0.5000", "−2.163", "±0", "–", "–"]
     assert [size(v) for v in (12, 31_000_000, 1.07e6, 999_600, None)] == ["12 bytes", "31 MB", "1.07 MB", "1,000 kB", "–"]
     assert [duration(v) for v in (0.31, 38.4, 245, 7801)] == ["0.31 s", "38 s", "4 min 05 s", "2 h 10 min"]

@@ -16,6 +16,7 @@ import lorakit.train.answers as answers
 import lorakit.train.ending as ending
 from lorakit.adapters.io import load_adapter
 from lorakit.train.answers import Sample
+from lorakit.train.attention import NAME as SEGMENTS
 from lorakit.train.config import make_config
 from lorakit.train.facts import Facts, _measured, command_of, homeless
 from lorakit.train.report import SITES, Outcome, Report, charts, page_of, usage
@@ -245,6 +246,96 @@ def test_the_figures_at_the_head_are_those_of_the_task() -> None:
         heads = re.findall(r"<dt>(.*?)</dt>", page)
         assert tuple(heads[: heads.index("trained parameters")]) == said
         assert "reward chosen" in page or "reward_chosen" not in figures
+
+
+def figures_of(page: str) -> dict[str, list[str]]:
+    """The rows of a page's tables whose head is a figure or a part of memory."""
+    rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", page, flags=re.S)
+    return {name: re.findall(r"<td[^>]*>(.*?)</td>", cells) for name, cells in rows}
+
+
+def test_a_base_that_is_its_own_reference_prefers_nothing() -> None:
+    """Rewards of 0 on both sides are no accuracy of 0, and no gain of what the adapter has."""
+    final, base = {"loss": 0.7, "accuracy": 0.5, "margin": -0.02, "reward_chosen": 0.1, "reward_rejected": 0.12}, {"loss": 0.6931}
+    tied = base | {"accuracy": 0.0, "margin": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
+    page = page_of(FACTS, [], Outcome(final, 10, 2.0, tied))
+    assert figures_of(page)["accuracy"] == ["–", "0.5000", "–"] and figures_of(page)["margin"] == ["0", "−0.0200", "−0.0200"]
+    assert "its own reference" in page and "base 0<" in page and page.count("base 0<") == 1, "the margin's, not the accuracy's"
+    page = page_of(FACTS, [], Outcome(final, 10, 2.0, tied | {"reward_chosen": 0.1}))
+    assert figures_of(page)["accuracy"] == ["0", "0.5000", "+0.5000"] and "its own reference" not in page
+    page = page_of(FACTS, [], Outcome({"accuracy": 0.5}, 10, 2.0, {"accuracy": 0.0}))
+    assert figures_of(page)["accuracy"] == ["0", "0.5000", "+0.5000"], "a classifier's may be 0"
+
+
+def test_a_figure_of_training_and_of_held_out_rows_is_one_picture() -> None:
+    names = ("accuracy", "margin", "reward_chosen", "reward_rejected", "kl")
+    rows: list[dict[str, Any]] = [{"step": i, **dict.fromkeys(names, i / 9)} for i in range(1, 9)]
+    rows += [{"step": i, **{f"eval_{name}": i / 8 for name in names}} for i in (4, 8)]
+    found = charts(rows)
+    assert [c.title for c in found] == ["Accuracy", "Margin", "Reward chosen", "Reward rejected", "KL"]
+    assert [[line.name for line in c.lines] for c in found] == [["training", "held-out"]] * 5
+    (alone,) = charts([{"step": i, "eval_macro_f1": i / 8} for i in (4, 8)])
+    assert alone.title == "Macro F1" and [line.name for line in alone.lines] == ["held-out"]
+    assert charts([{"step": 4, "eval_accuracy": 0.5}]) == [], "a single value is among the figures"
+
+
+def test_a_speed_names_what_it_counts() -> None:
+    rows = [{"step": i, "tokens_per_second": 1.25} for i in (1, 2)]
+    page = page_of(replace(FACTS, counted="pairs"), rows, OUTCOME)
+    assert "<dt>pairs a second</dt><dd>1.250" in page and "<b>Pairs a second</b>" in page and "okens a second" not in page
+
+
+def test_what_to_do_next_is_what_the_rows_are_for() -> None:
+    """A template's words around a prompt that was trained without them would ask for something else."""
+    said = {
+        (shape, talks): dict(usage(replace(FACTS, shape=shape, talks=talks))) for shape in ("preference", "chat") for talks in (True, False)
+    }
+    assert "talk to it" in said["chat", True] and "talk to it" in said["preference", True]
+    assert "talk to it" not in said["preference", False] and "answer a prompt" in said["preference", False]
+    assert "continue a text" in dict(usage(replace(FACTS, shape="text")))
+    assert not {"talk to it", "continue a text", "answer a prompt"} & dict(usage(replace(FACTS, shape="tag"))).keys()
+
+
+def test_tags_that_are_wrong_are_marked_and_wide_tables_scroll() -> None:
+    table = [["word", "in the data", "before", "after"], ["a", "-", "O", "-"], ["b", "P", "P", "O"]]
+    page = page_of(replace(FACTS, shape="tag"), [], replace(OUTCOME, samples=[Sample("a b", "- P", "1", "1", table)]))
+    cells = re.findall(r'<td class="( bad)?">(.*?)</td>', page)
+    assert cells == [("", "-"), (" bad", "O"), ("", "-"), ("", "P"), ("", "P"), (" bad", "O")]
+    assert '<div class="inner"><table>' in page
+    numbers = [["log p", "before", "after"], ["-3", "-1.5", "-1.0"]]
+    page = page_of(replace(FACTS, shape="preference"), [], replace(OUTCOME, samples=[Sample("a", "b", "c", "d", numbers)]))
+    assert '<td>-3</td><td class="n">−1.5</td><td class="n">−1.0</td>' in page, "what the row says stays as it is"
+
+
+def test_the_page_says_what_memory_was_expected(finished: Path, tmp_path: Path) -> None:
+    """What --dry-run says of the same configuration, beside what was measured; not for a run without samples, which is to be quick."""
+    from lorakit.train.dry_run import dry_run
+    from lorakit.train.page import size
+
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    found = figures_of(page)
+    settings = make_config(json.loads((finished / "run.json").read_text())["config"] | {"output_dir": str(tmp_path / "x")})
+    memory = dry_run(settings).memory
+    assert found["expected of one step, its tensors alone"][0] == size(memory.total)
+    assert found["of that, activations at their highest"][0] == size(memory.activations)
+    assert list(found).index("highest measured") < list(found).index("expected of one step, its tensors alone")
+    train(settings.model_copy(update={"report_samples": 0, "max_steps": 1}), quiet=True)
+    page = (tmp_path / "x" / "report.html").read_text(encoding="utf-8")
+    assert "highest measured" in page and "expected of one step" not in page and "Expected:" not in page
+
+
+def test_a_model_that_cannot_be_traced_has_a_page_without_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[Any] = []
+
+    def fails(adapted: Any, *args: Any) -> Any:
+        assert adapted.model.config._attn_implementation == SEGMENTS, "as it trained"
+        models.append(adapted.model)
+        raise RuntimeError("shapes depend on values")
+
+    monkeypatch.setattr(ending, "expected", fails)
+    result = train(config(tmp_path, report_samples=1, max_steps=1), quiet=True)
+    assert not result.notes and "expected of one step" not in (tmp_path / "out" / "report.html").read_text()
+    assert [model.config._attn_implementation for model in models] == ["sdpa"]
 
 
 def test_a_long_run_of_a_large_model_has_a_page_of_bounded_size() -> None:

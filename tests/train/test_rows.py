@@ -124,7 +124,7 @@ def test_bad_rows_are_left_out_where_the_configuration_says_so(tmp_path):
         read(data)
     found = read(data, skip_bad=True)
     assert len(found.train) + len(found.valid) == 40
-    assert [one.reason for one in found.skipped] == ["empty text", "a int for a string"]
+    assert [one.reason for one in found.skipped] == ["empty text", "an integer for a string"]
 
 
 def test_columns_and_the_format_are_the_configurations(tmp_path):

@@ -7,13 +7,14 @@ llama.cpp multiplies by alpha / r with the one alpha of the file and each weight
 rest goes into its B. A GGUF base is no copy of the Transformers model: its converter renames every weight and turns the rows of some, so
 B's rows are turned likewise:
 
-    llama, mistral, mixtral   q, k: the two halves of a head's rows by turns (llama.cpp's rotary embedding takes neighbors, not halves)
-    gpt_neox                  query_key_value: from head by head to all q, all k, all v
-    gpt2                      its weights are stored turned over, which A and B never are here
-    the others below          as they are
+    llama, mistral, mixtral, granite, smollm3   q, k: the two halves of a head's rows by turns (the rotary embedding there takes neighbors)
+    bloom, gpt_neox                             query_key_value: from head by head to all q, all k, all v
+    gpt2                                        its weights are stored turned over, which A and B never are here
+    the others below                            as they are
 
-An architecture is here where its conversion was read (llama.cpp's conversion/*.py); others are refused. So are experts and routers,
-embeddings and heads (often tied in a GGUF, where an adapter on them is ignored), whole parameters, and all that is not s·B·A.
+An architecture is here where llama.cpp itself loaded such a file and computed the merged model's logits (docs/formats.md); others are
+refused. So are experts and routers, embeddings and heads (often tied in a GGUF, where an adapter on them is ignored), whole parameters,
+and all that is not s·B·A.
 """
 
 import os
@@ -106,7 +107,7 @@ def to_gguf(
         turned = next((turn for end, turn in kind.turns.items() if module.endswith(end)), lambda B, config: B)(B, config)
         tensors |= {f"{names[module]}.lora_a": A.contiguous().numpy(), f"{names[module]}.lora_b": turned.contiguous().numpy()}
     _write(path, kind, alpha, tensors, name)
-    return Written(path, kind.name.lower(), alpha, len(tensors), dtype, (lost / whole) ** 0.5)
+    return Written(path, _llama_cpp(kind), alpha, len(tensors), dtype, (lost / whole) ** 0.5)
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -131,7 +132,7 @@ def tensor_names(kind: Architecture, config: Mapping[str, Any], modules: list[st
     names = {module: known.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
     unknown = [module for module, found in names.items() if found is None]
     if unknown:
-        raise AdapterMismatch(f"llama.cpp's {kind.name.lower()} with {layers} layers has no weight {unknown[0]}; is it the adapter's base?")
+        raise AdapterMismatch(f"llama.cpp's {_llama_cpp(kind)} with {layers} layers has no weight {unknown[0]}; is it the adapter's base?")
     return {module: f"{str(found).removesuffix('.weight')}.weight" for module, found in names.items()}
 
 
@@ -178,7 +179,7 @@ def _write(path: Path, kind: Architecture, alpha: float, tensors: Mapping[str, n
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[kind.name]])
+        writer = gguf.GGUFWriter(partial, _llama_cpp(kind))
         try:
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -197,6 +198,13 @@ def _write(path: Path, kind: Architecture, alpha: float, tensors: Mapping[str, n
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _llama_cpp(kind: Architecture) -> str:
+    """general.architecture: llama.cpp refuses an adapter with another one than its base's."""
+    import gguf
+
+    return str(gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[kind.name]])
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
@@ -221,7 +229,7 @@ def _rotary(heads: str) -> Turn:
 
 def _apart(B: Tensor, config: Mapping[str, Any]) -> Tensor:
     """[n, 3, d] -> [3, n, d]."""
-    n = _number(config, "num_attention_heads")
+    n = _number(config, "num_attention_heads", "n_head")
     if len(B) % (3 * n):
         raise AdapterMismatch(f"{len(B)} rows are not q, k and v of {n} heads; is it the adapter's base?")
     return B.reshape(n, 3, -1, B.shape[1]).transpose(0, 1).reshape(B.shape)
@@ -244,5 +252,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("PHI3", {}),
     "gpt2": Architecture("GPT2", {}),
     "gpt_neox": Architecture("GPTNEOX", {".query_key_value": _apart}),
+    "gpt_oss": Architecture("GPT_OSS", {}),
+    "bloom": Architecture("BLOOM", {".query_key_value": _apart}),
+    "granite": Architecture("GRANITE", HALVES),
+    "olmo2": Architecture("OLMO2", {}),
+    "smollm3": Architecture("SMOLLM3", HALVES),
+    "starcoder2": Architecture("STARCODER2", {}),
 }
 """By `model_type`."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.peft_types import FOLDER_OF, NATIVE, TYPES
+from lorakit.adapters.peft_types import FOLDER_OF, TYPES
 from lorakit.cli import measured, moving, page, reference, results
 from lorakit.cli.measured import Measured
 from lorakit.core.errors import LorakitError
@@ -91,10 +91,10 @@ def pages(found: Measured | None = None) -> dict[str, str]:
 
 def table(entries: list[Entry]) -> str:
     """The index: one row a method."""
-    rows = [f"| [`{e.name}`]({e.name}.md) | {link(e.paper)} | {e.survey} | {e.kind} | {e.summary} |" for e in entries]
+    rows = [[f"[`{e.name}`]({e.name}.md)", link(e.paper), e.survey, e.kind, e.summary] for e in entries]
     head = ["# Methods", "", "Generated from the registry; `lorakit list` prints the same. Which one to take: "
             "[choose a method](../guides/choose-a-method.md). What each did on one small task: [measured](measured.md).", ""]  # fmt: skip
-    return "\n".join([*head, "| id | paper | survey | kind | what |", "|---|---|---|---|---|", *rows, ""])
+    return "\n".join([*head, results.grid(["id", "paper", "survey", "kind", "what"], rows), ""])
 
 
 def measured_page(found: Measured) -> str:
@@ -104,18 +104,19 @@ def measured_page(found: Measured) -> str:
 
 def method_page(entry: Entry, found: Measured, models: Models, joined: dict[str, dict[str, str]]) -> str:
     """One method: when to use it, its equations, cost, parameters, what it goes with, its code, its parts at the defaults."""
-    facts = {n: (_annotation(p), page.spelled(p.default), _cell(page.meaning(entry, n))) for n, p in entry.parameters.items()}
-    parameters = [f"| `{n}` | `{hint}` | `{default}` | {meaning} |" for n, (hint, default, meaning) in facts.items()]
+    parameters = [
+        [f"`{n}`", f"`{_annotation(p)}`", f"`{page.spelled(p.default)}`", page.meaning(entry, n)] for n, p in entry.parameters.items()
+    ]
     resolved = [f"{name} = {page.spelled(value)}" for name, value in page.parts(get_method(entry.name)).items()]
     title, body = page.equations(entry)
     example = f"```bash\n{command(entry)}\n```\n\n```python\n{call(entry)}\n```"
     return "\n".join(
         [
-            *(f"# {title}", "", f"`{entry.name}` · {link(entry.paper)} · survey {entry.survey} · {entry.kind}"),
+            *(f"# {title.rstrip('.')}", "", f"`{entry.name}` · {link(entry.paper)} · survey {entry.survey} · {entry.kind}"),
             *("", "## When to use it", "", page.use(entry) or "Its module does not say."),
             *("", "## What it is", "", markdown(body)),
             *("", "## Train with it", "", example),
-            *("", "## Parameters", "", "| name | type | default | meaning |", "|---|---|---|---|", *parameters),
+            *("", "## Parameters", "", results.grid(["name", "type", "default", "meaning"], parameters)),
             *("", "## Trained values", "", counted(entry, models)),
             *("", "## Measured", "", measured.row(found, entry.name)),
             *("", "## Goes with", "", goes_with(entry, joined)),
@@ -215,10 +216,11 @@ def _links(names: list[str]) -> str:
 
 def outside(entry: Entry) -> str:
     """What other tools can read of it."""
-    native = FOLDER_OF.get(entry.name) or next((name for name, kind in TYPES.items() if entry.name in kind.table.native), None)
+    own = (name for name, kind in TYPES.items() if entry.name == name.lower() or entry.name in kind.table.native)
+    native = FOLDER_OF.get(entry.name) or next(own, None)
     method = get_method(entry.name)
     merged = f"It is not merged: {method.beyond}." if method.beyond else "`lorakit merge` moves it into the weights, with proof."
-    if entry.name in NATIVE or entry.name in FOLDER_OF:
+    if native is not None:
         return f"PEFT's type `{native}`: `lorakit convert` writes it and `lorakit` reads it, exactly where PEFT can hold it. {merged}"
     return f"PEFT has no type of its own for it; `lorakit convert` writes a plain `LORA` where that is exact, or says why not. {merged}"
 
@@ -234,13 +236,9 @@ def link(paper: str) -> str:
     return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def _annotation(parameter: inspect.Parameter) -> str:
     text = "Where" if parameter.annotation == Where else inspect.formatannotation(parameter.annotation)
-    return text.removeprefix("typing.").replace("|", "\\|")
+    return text.removeprefix("typing.")
 
 
 def _title(entry: Entry) -> str:

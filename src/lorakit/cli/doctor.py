@@ -30,8 +30,7 @@ def doctor(
                 console.print(f"  {name:<{width}}  {fact}")
         for problem in found.problems:
             console.print(f"{'BROKEN' if problem.needed else 'note'}: {problem.what}; {problem.do}")
-        console.print(
-            "no problems found" if not found.problems else f"{len(found.problems)} found, {sum(p.needed for p in found.problems)} broken"
-        )
+        broken = sum(problem.needed for problem in found.problems)
+        console.print(f"{broken} of these must be mended before anything runs" if broken else "nothing is broken")
     if any(problem.needed for problem in found.problems):
         raise typer.Exit(1)

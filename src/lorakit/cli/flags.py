@@ -25,8 +25,8 @@ def parse_flags(args: list[str], *, strings: frozenset[str] = frozenset(), sever
             else:
                 text = "false" if key.startswith("no_") else "true"
                 key = key.removeprefix("no_")
-        mapping = key in several and text.startswith("{")
-        value = text if key in strings and not mapping else _value(key, text)
+        written = key in several and (text.startswith("{") or (text.startswith("[") and text.endswith("]")))
+        value = text if key in strings and not written else _value(key, text)
         again = key in several and key in values
         values[key] = [*(values[key] if isinstance(values[key], list) else [values[key]]), value] if again else value
     return values

@@ -14,6 +14,7 @@ from lorakit.cli.train import SETTINGS, resolved_from, show_notes
 
 if TYPE_CHECKING:
     from lorakit.data.explain import Segment, View
+    from lorakit.data.token_cache import TokenCache
     from lorakit.train.dataset import Making, Side, TrainData
     from lorakit.train.rows import Rows
 
@@ -65,7 +66,8 @@ def _show(config: Any, console: Console, shown: tuple[int, int, str] | None, qui
     facts = _facts_of(config.model, tasks[0].task)
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     packing = config.packing and tasks[0].task == "causal-lm" and facts.why_not is None
-    began = time.perf_counter()
+    cache = TokenCache.here()
+    there, began = _entries(cache), time.perf_counter()
     first, *later = (
         prepare(rows, config, tokenizer, packing=packing, encoder_decoder=facts.encoder_decoder, quiet=quiet) for rows in tasks
     )
@@ -87,14 +89,23 @@ def _show(config: Any, console: Console, shown: tuple[int, int, str] | None, qui
         print_(f"note: {note}")
     check_vocabulary(data, facts.vocabulary, config.model)
     console.print(lengths_table(data))
-    cache = TokenCache.here()
     large = any(len(side) >= LARGE for rows in tasks for side in (rows.train, rows.valid))
-    where = "off" if cache is None else str(cache.root) if large else f"not used, fewer than {LARGE:,} rows"
-    print_(f"tokenized or found in {seconds:.1f} s; cache: {where}")
+    if cache is None or not large:
+        why = "the cache is off" if cache is None else f"not kept, since they are fewer than {LARGE:,} rows"
+        print_(f"tokenized in {seconds:.1f} s; {why}")
+    elif _entries(cache) <= there:
+        print_(f"found in the cache, {cache.root}, in {seconds:.1f} s")
+    else:
+        print_(f"tokenized in {seconds:.1f} s, and kept in the cache, {cache.root}")
     if shown is not None:
         num, row, side = shown
         making = Making(config, tokenizer, tasks[0].labels, False, facts.encoder_decoder, How(workers=1, quiet=True, cache=None))
         _debug(tasks, making, range(row - 1, row - 1 + num), side, console)
+
+
+def _entries(cache: "TokenCache | None") -> set[str]:
+    """The names of what the cache holds."""
+    return set(os.listdir(cache.root)) if cache is not None and cache.root.is_dir() else set()
 
 
 def _printer(console: Console) -> Any:

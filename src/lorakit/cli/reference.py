@@ -130,6 +130,7 @@ def configuration() -> str:
 def annotation(hint: Any) -> str:
     """A type as one would write it."""
     text = inspect.formatannotation(hint) if not isinstance(hint, str) else hint
+    text = re.sub(r"\b(?:typing\.)?Annotated\[([\w.]+), FieldInfo\((?:[^()]|\([^()]*\))*\)\]", r"\1", text)
     return re.sub(r"\b(?:typing|collections\.abc|pathlib|torch\.nn\.modules\.module|lorakit(?:\.\w+)+)\.", "", text)
 
 

@@ -5,6 +5,7 @@ of them are printed under which title. An older file has lists of rows under nam
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,16 @@ def _number(value: float) -> str:
 
 
 def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """A Markdown table. Columns of sentences keep a width at which they can be read on a phone."""
+    heads = [f"{column} {{ .sentences }}" if column in SENTENCES else cell(column) for column in columns]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(columns), *(map(cell, row) for row in rows)])
+
+
+SENTENCES = ("meaning", "what", "what it does", "why", "also", "also called", "raised for")
+
+
+def cell(text: str) -> str:
+    """As a table's cell shows it, outside of code: bars are no borders, <words> no elements, and braces at the end no attributes."""
+    parts = re.split(r"(`[^`]*`|</?a\b[^>]*>)", text)
+    said = "".join(part if i % 2 else part.replace("|", "\\|").replace("<", "&lt;") for i, part in enumerate(parts))
+    return re.sub(r"\{(?=[^`]*\}\s*$)", r"\\{", said)

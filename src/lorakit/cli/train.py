@@ -81,13 +81,15 @@ def train(
     for name in result.final:
         report.add_column(f"eval {name}", overflow="fold")
     report.add_row(*(f"{v:.4f}" for v in result.final.values()))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False)  # [q_proj] is no markup
     console.print(report)
     if result.tasks:
         console.print(sequence_table(result.tasks, [str(train_data) for train_data, _ in settings.sources]))
     for note in result.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
     console.print(f"adapter: {Path(settings.output_dir) / 'adapter'}", soft_wrap=True)
+    if (page := Path(settings.output_dir) / "report.html").exists():
+        console.print(f"report: {page}", soft_wrap=True)
 
 
 def _kept(out: Path) -> str:

@@ -112,7 +112,8 @@ class Account:
             return f"as the chat template closes turns: an end is learned in {c.closed:,} of {c.rows:,} chats"
         what = "targets" if self.encoder_decoder else "texts" if self.shape == "text" else "completions"
         there = f", {c.spelled:,} had it already" if c.spelled else ""
-        return f"{self.eos} appended to {c.appended:,} of {c.rows:,} {what}{there}; it is trained on"
+        lost = f", unless max_length cuts it off, as in {c.truncated:,}" if c.truncated and not self.encoder_decoder else ""
+        return f"{self.eos} appended to {c.appended:,} of {c.rows:,} {what}{there}; it is trained on{lost}"
 
     def notes(self) -> list[str]:
         """What looks wrong, each with what to do."""

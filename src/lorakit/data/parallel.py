@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from lorakit.core.errors import DataError, LorakitError
@@ -24,12 +25,24 @@ AHEAD = 2
 """Tasks for each process that are under way or done and not yet taken."""
 
 
-def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: int, *, required: bool = True) -> Iterator[Result]:
-    """`map(work, tasks)`, computed by `count` processes. What `work` raises is raised here, as a DataError where it is an error of ours.
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+
+def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: int, *, required: bool = True) -> Iterator[Result]:
+    """`map(work, tasks)`, computed by at most `count` processes: no more than there are tasks, or cores to run them.
+
+    What `work` raises is raised here, as a DataError where it is an error of ours.
     `work` and the tasks are sent by pickle. Where `work` cannot be sent (it is made of classes of the main script) and processes are not
     `required`, all is done in this one.
     """
+    drawn = iter(tasks)
+    first = list(islice(drawn, min(count, cores())))
+    count, tasks = len(first), chain(first, drawn)
+    if count < 1:  # a process takes seconds to start, and configurations ask for sixteen whatever there is to do
+        yield from map(work, tasks)
+        return
     try:
         sent = pickle.dumps(work)
     except Exception as error:

@@ -14,7 +14,6 @@ feedback    {prompt, completion, label}, LLaMA-Factory's kto_tag
 pair, classify, tag, text under their everyday names (PAIRS, TEXTS, LABELS, TAGS)
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -287,7 +286,7 @@ def check_columns(columns: Mapping[str, str], first: Row, where: object) -> None
     """DataError unless `columns` maps our names to columns that there are."""
     for ours, theirs in columns.items():
         if ours not in OURS:
-            hint = "it maps our names to the file's" if theirs in OURS else did_you_mean(ours, OURS)
+            hint = f"Ours stand on the left: {{{theirs}: {ours}}}" if theirs in OURS else did_you_mean(ours, OURS)
             raise DataError(f"columns={{{ours}: {theirs}}}: {ours!r} is no name of ours. {hint}".rstrip())
         inside = [m for value in first.values() if isinstance(value, list) for m in value if isinstance(m, dict)]
         found = {key for m in inside for key in m} if ours in ("role", "content") else set(first)
@@ -349,14 +348,16 @@ def _lists(row: Row, keys: tuple[str, ...], where: object) -> Row:
 
 def _answers(row: Row, where: object) -> Row:
     """A preference whose parts are messages in different ways: all as lists, the answers without the prompt."""
-    talks = [key for key in KEYS["preference"] if _is_talk(row[key])]
+    given = {key: [row[key]] if _is_message(row[key]) else row[key] for key in KEYS["preference"]}
+    talks = [key for key, value in given.items() if _is_talk(value)]
     if not talks:
         return {}
-    made = {key: _messages(row[key], where, key) for key in talks}
+    made = {key: _messages(given[key], where, key) for key in talks}
     if "prompt" not in made and "chosen" in made and "rejected" in made:
         start = _common(made["chosen"], made["rejected"])
-        made["prompt"] = made["chosen"][:start] or [{"role": "user", "content": row["prompt"]}]
-        made |= {key: made[key][start:] for key in ("chosen", "rejected")}
+        if start or isinstance(row["prompt"], str):
+            made["prompt"] = made["chosen"][:start] or [{"role": "user", "content": row["prompt"]}]
+            made |= {key: made[key][start:] for key in ("chosen", "rejected")}
     for key in ("chosen", "rejected"):
         if key not in made and isinstance(row[key], str):
             made[key] = [{"role": "assistant", "content": row[key]}]
@@ -499,10 +500,21 @@ def _flag(value: Any) -> bool | None:
     return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a row as errors call it. Where the row stands costs a pass over the file: it is asked for errors alone."""
+
+    where: object
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.part}"
+
+
 def _list(value: Any, where: object, key: str) -> Any:
     """A list, also one that a table without types holds as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        return parse_json(value, f"{where}: {key!r}", expected="a list")
+        return parse_json(value, _Part(where, repr(key)), expected="a list")
     if not isinstance(value, list):
         raise BadRow(f"{where}: {key!r} is {kind(value)}; expected a list", where, reason=f"{kind(value)} for a list", field=key)
     return value
@@ -539,8 +551,8 @@ def _message(message: Any, where: object, key: str, i: int, shared: bool) -> Any
         return message  # what is wrong with it `check_row` says
     role, content = message.get("role"), message.get("content")
     usual = isinstance(content, str) and (role in SPOKEN if shared else isinstance(role, str)) and not message.get("tool_calls")
-    if usual and isinstance(message.get("train", True), bool) and message.get("weight") is None:
-        return message
+    if usual and isinstance(message.get("train", True), bool) and None not in message.values() and "weight" not in message:
+        return message  # a table gives every message the fields of all, and templates ask whether `tool_calls` is there
     made = {k: v for k, v in message.items() if v is not None or k in ("role", "content")}
     if "from" in message and "role" not in message:
         made |= {"role": made.pop("from", None), "content": made.pop("value", None)}
@@ -550,7 +562,10 @@ def _message(message: Any, where: object, key: str, i: int, shared: bool) -> Any
             made |= {"content": "", "tool_calls": calls}
         made["role"] = _role(made["role"], where, key, i)
     if made.get("tool_calls"):
-        made |= {"content": made.get("content") or "", "tool_calls": _calls(made["tool_calls"], f"{where}: message {i} of {key!r}", where)}
+        made |= {
+            "content": made.get("content") or "",
+            "tool_calls": _calls(made["tool_calls"], _Part(where, f"message {i} of {key!r}"), where),
+        }
     if isinstance(made.get("content"), list):
         made["content"] = "".join(_part(part, where, key, i) for part in made["content"])
     if "weight" in made and "train" not in made:  # OpenAI's name for it: 0 or 1
@@ -575,7 +590,7 @@ def _tools(row: Row, where: object) -> Row:
     return {"tools": tools}
 
 
-def _calls(value: Any, name: str, where: object) -> list[Row]:
+def _calls(value: Any, name: object, where: object) -> list[Row]:
     """Calls as templates expect them: arguments are an object, not the JSON of one."""
     made = []
     for call in value if isinstance(value, list) else [value]:
@@ -586,8 +601,8 @@ def _calls(value: Any, name: str, where: object) -> list[Row]:
             raise BadRow(message, where, reason="a tool call without a name", field="tool_calls")
         arguments = inner.get("arguments", {})
         if isinstance(arguments, str):
-            with suppress(ValueError):
-                arguments = json.loads(arguments)
+            said = _parsed(arguments)
+            arguments = said if isinstance(said, dict) else arguments
         outer = {key: value for key, value in call.items() if key in ("id", "type")}
         made.append({"type": "function"} | outer | {"function": {"name": inner["name"], "arguments": arguments}})
     return made
@@ -595,12 +610,17 @@ def _calls(value: Any, name: str, where: object) -> list[Row]:
 
 def _said_calls(content: Any) -> list[Row]:
     """What ShareGPT's function_call says: a call, or a list of them, as JSON; none where it is written in another way."""
-    try:
-        said = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        return []
+    said = _parsed(content)
     calls = said if isinstance(said, list) else [said]
-    return calls if all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls) else []
+    return calls if calls and all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls) else []
+
+
+def _parsed(text: Any) -> Any:
+    """The value of a JSON text; None for anything else."""
+    if isinstance(text, str):
+        with suppress(BadRow):
+            return parse_json(text, "", expected="")
+    return None
 
 
 def _filled(value: Any) -> Any:

@@ -132,6 +132,7 @@ class Bytes:
         if not path.is_file():
             raise DataError(f"{path} is no regular file; expected a file or a folder")
         self._fd: int | None = None
+        self._counted = (0, 0)
         self._stamp = stamp(path)
         self.size = self._stamp[0]
 
@@ -156,7 +157,10 @@ class Bytes:
 
     def line_at(self, offset: int) -> int:
         """The number of the line that holds this byte."""
-        return 1 + sum(self.at(a, min(a + (1 << 20), offset)).count(b"\n") for a in range(0, offset, 1 << 20))
+        start, lines = self._counted if self._counted[0] <= offset else (0, 0)
+        lines += sum(self.at(a, min(a + (1 << 20), offset)).count(b"\n") for a in range(start, offset, 1 << 20))
+        self._counted = (offset, lines)  # whoever asks for many asks in order
+        return 1 + lines
 
     def check(self) -> None:
         """DataError if the file is not what it was."""

@@ -117,27 +117,30 @@ def _check_values(row: Row, shape: Shape, where: object) -> None:
 
 def check_text(value: Any, where: object, field: str, *, part: str = "", empty: bool = False) -> None:
     """BadRow unless the value is text: a string, not empty, that can be written as UTF-8. `part`: where in the row the field is."""
-    if isinstance(value, str) and (value or empty) and value.isascii():
-        return
-    name = f"{where}: {part}{field!r}" if part or not field.startswith(("token ", "tag ")) else f"{where}: {field}"
     if not isinstance(value, str):
-        raise BadRow(f"{name} is {kind(value)}; expected a string", where, reason=f"{kind(value)} for a string", field=part + field)
-    if not value and not empty:
-        raise BadRow(f"{name} is empty; leave the row out or give it text", where, reason="empty text", field=part + field)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        message = f"{name} holds half of a surrogate pair ({value[error.start]!a}), which is not text; remove it"
-        raise BadRow(message, where, reason="half of a surrogate pair", field=part + field) from None
+        what, reason = f"is {kind(value)}; expected a string", f"{kind(value)} for a string"
+    elif not value and not empty:
+        what, reason = "is empty; leave the row out or give it text", "empty text"
+    elif value.isascii():
+        return
+    else:
+        try:
+            value.encode()
+            return
+        except UnicodeEncodeError as error:
+            what = f"holds half of a surrogate pair ({value[error.start]!a}), which is not text; remove it"
+            reason = "half of a surrogate pair"
+    name = f"{part}{field!r}" if part or not field.startswith(("token ", "tag ")) else field
+    raise BadRow(f"{where}: {name} {what}", where, reason=reason, field=part + field)  # to say where is to count lines: for errors alone
 
 
 def _check_label(value: Any, where: object, shape: Shape = "classify", field: str = "label") -> None:
-    name = f"{where}: {field!r}" if field == "label" else f"{where}: {field}"
-    if shape == "feedback":
-        if not isinstance(value, bool):
-            raise BadRow(f"{name} is {kind(value)}; expected true or false", where, reason="no true or false for a label", field=field)
-    elif isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow(f"{name} is {kind(value)}; expected a string or an integer", where, reason=f"{kind(value)} for a label", field=field)
+    if isinstance(value, bool) if shape == "feedback" else isinstance(value, str | int) and not isinstance(value, bool):
+        return
+    expected = "true or false" if shape == "feedback" else "a string or an integer"
+    reason = "no true or false for a label" if shape == "feedback" else f"{kind(value)} for a label"
+    name = repr(field) if field == "label" else field
+    raise BadRow(f"{where}: {name} is {kind(value)}; expected {expected}", where, reason=reason, field=field)
 
 
 def _check_tags(tokens: Any, tags: Any, where: object) -> None:
@@ -161,8 +164,8 @@ def _check_messages(messages: Any, key: str, where: object) -> None:
     for i, message in enumerate(messages, 1):
         part = f"message {i}: "
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            keys = names(message) if isinstance(message, dict) else kind(message)
-            what = f"message {i} has {keys}; expected {{role, content}}"
+            found = f"has {names(message)}" if isinstance(message, dict) else f"is {kind(message)}"
+            what = f"message {i} {found}; expected {{role, content}}"
             raise BadRow(f"{where}: {what}", where, reason="a message without role or content", field=key)
         if not isinstance(message.get("train", True), bool):
             what = f"{part}'train' is {kind(message['train'])}; expected true or false"
@@ -182,9 +185,13 @@ def _braces(keys: Iterable[str]) -> str:
     return "{" + ", ".join(keys) + "}"
 
 
+KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}
+"""Types as JSON's readers call them; a list is one there, too."""
+
+
 def kind(value: Any) -> str:
     """What a value is, as errors call it."""
-    return "missing" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
+    return "missing" if value is None else "an empty list" if value == [] else KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 assert set(KEYS) == set(get_args(Shape))

@@ -113,7 +113,10 @@ def load_source(
     check_fraction(valid_fraction)
     rows = read(train, name, reading, seed=seed)
     assert rows.hashes is not None
-    held = held_out(rows.hashes, lambda i: canonical(rows.rows[i]), valid_fraction)
+    try:
+        held = held_out(rows.hashes, lambda i: canonical(rows.rows[i]), valid_fraction)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     first, last = (Chosen(rows.rows, np.flatnonzero(which)) for which in (~held, held))
     return Loaded(first, last, rows.shape, rows.notes, rows.skipped)
 
@@ -141,7 +144,7 @@ def read(records: Records, name: str, reading: Reading, *, seed: int | None = No
                 row = form.row(records, i)
             except BadRow as error:
                 if not reading.skip_bad:
-                    raise
+                    raise _leave_out(error) from None
                 skipped[i] = Skipped(error.where or records.where(i), error.field, error.reason, str(error))
                 continue
             yield hashed(canonical(row), seed=seed) if seed is not None else 0
@@ -170,6 +173,12 @@ def _recognized(records: Records, reading: Reading) -> tuple[Format, Row]:
             first_error = first_error or error
     assert first_error is not None, "an opened source has records"
     raise DataError(f"{first_error}" if not reading.skip_bad else f"no row can be used: {first_error}")
+
+
+def _leave_out(error: BadRow) -> BadRow:
+    """The error of one row among others, with the way to go on without it."""
+    hint = "" if str(error).endswith(("?", ".")) else "; skip_bad (--skip-bad) leaves such rows out and counts them"
+    return BadRow(f"{error}{hint}", error.where, reason=error.reason, field=error.field)
 
 
 def _keys(records: Records, start: int) -> Row:

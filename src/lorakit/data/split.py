@@ -54,8 +54,9 @@ def held_out(hashes: Hashes, key: Callable[[int], str], fraction: float) -> NDAr
     """
     check_fraction(fraction)
     distinct = np.unique(hashes)
-    if len(distinct) < 2 and len(keys := {key(i) for i in range(len(hashes))}) < 2:
-        raise DataError(f"{len(hashes)} rows hold {len(keys)} distinct ones, too few to split; add rows or name a validation file")
+    if len(distinct) < 2 and len({key(i) for i in range(len(hashes))}) < 2:
+        what = "one row" if len(hashes) == 1 else f"{len(hashes)} rows that are all the same"
+        raise DataError(f"{what} cannot be divided into training and validation; add others, or give eval_data")
     valid: NDArray[np.bool_] = hashes / (1 << BITS) < fraction
     if valid.all() or not valid.any():
         edge, last = (distinct[-1], max) if valid.all() else (distinct[0], min)

@@ -146,10 +146,15 @@ def labels(values: Sequence[float]) -> list[str]:
     largest = max(map(abs, values), default=0.0)
     if largest >= 1e4:
         unit, name = next((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= u)
-        return ["0" if v == 0 else f"{v / unit:.{_digits(step / unit)}f}{name}" for v in values]
+        return ["0" if v == 0 else minus(f"{v / unit:.{_digits(step / unit)}f}{name}") for v in values]
     if largest < 1e-3:
         return ["0" if v == 0 else _scientific(v) for v in values]
-    return [f"{v:.{_digits(step)}f}" for v in values]
+    return [minus(f"{v:.{_digits(step)}f}") for v in values]
+
+
+def minus(text: str) -> str:
+    """A number with a true minus in front, if it has one."""
+    return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
 def _digits(step: float) -> int:
@@ -158,18 +163,18 @@ def _digits(step: float) -> int:
 
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return minus(f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}")
 
 
 def brief(value: float) -> str:
-    """A number in about four digits: 1.230, 12,345, 2.5e-4."""
+    """A number in about four digits, with a true minus: 1.230, 12,345, 2.5e-4, −0.0226."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e9 else _scientific(value)
+        return minus(f"{value:,.0f}") if abs(value) < 1e9 else _scientific(value)
     if abs(value) < 1e-3:
         return _scientific(value)
-    return f"{value:#.4g}".rstrip(".") if abs(value) >= 1 else f"{value:.4f}"
+    return minus(f"{value:#.4g}".rstrip(".") if abs(value) >= 1 else f"{value:.4f}")
 
 
 def _said(points: Sequence[Point], best: bool) -> str:

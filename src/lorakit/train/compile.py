@@ -154,6 +154,15 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
         return compile_fx(graph, inputs)  # type: ignore[return-value]
 
 
+def inductor_rounding(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Inductor, rounding to bf16 wherever the layer itself does: then two graphs of one layer agree in what they have in common, as a
+    layer's with and without a silent adapter must (train/preference.py), however each is fused."""
+    from torch._inductor import config
+
+    with config.patch(emulate_precision_casts=True):
+        return inductor(graph, inputs)
+
+
 def _is_dear(target: Any) -> bool:
     """Whether a node of a graph is attention or an operation of lorakit's: all of them are products, but for a mask."""
     if target is torch.nn.functional.scaled_dot_product_attention:

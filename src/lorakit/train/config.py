@@ -5,6 +5,8 @@ against the method's signature. An unknown key is an error that names the neares
 """
 
 import difflib
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +201,8 @@ def _checked(values: dict[str, Any]) -> TrainConfig:
     for key, value in method_args.items():  # a number in quotes is that number, as it is for every other key
         if isinstance(value, str) and type(entry.parameters[key].default if key in entry.parameters else "") in (int, float):
             method_args[key] = plain(value)
+            if value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):  # which Python reads as numbers
+                raise BadParameter(f"{key}={value!r}: expected a finite number")
     for key in values:
         if key not in FIELDS and key not in entry.parameters and key != "method_args":
             raise BadParameter(f"unknown key {key!r} (method {entry.name}). {nearest_key(key, entry.parameters)}")
@@ -236,10 +240,38 @@ def _counts(key: str) -> bool:
 
 def _first(error: pydantic.ValidationError) -> str:
     """One line for the first thing wrong: what was found, what was expected, what the key is."""
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    found = repr(first["input"])
-    where = ".".join(map(str, first["loc"][:1] if first["type"].endswith(("_type", "_parsing")) or len(first["loc"]) > 2 else first["loc"]))
-    info = TrainConfig.model_fields.get(name)
-    about = f" ({info.description}; default {info.get_default(call_default_factory=True)!r})" if info is not None else ""
-    return f"{where}={found if len(found) <= 80 else found[:77] + '…'}: {first['msg']}{about}"
+    errors = error.errors()
+    name = str(errors[0]["loc"][0])
+    info = TrainConfig.model_fields[name]
+    kinds = [kind for kind in typing.get_args(info.annotation) if kind is not type(None)] if _is_union(info.annotation) else []
+    errors = [one for one in errors if one["loc"][0] == name]  # one for each kind that the key may be
+    deepest = max(len(one["loc"]) for one in errors)
+    errors = [one for one in errors if len(one["loc"]) == deepest]
+    where = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in errors[0]["loc"][1 + (len(kinds) > 1) :])
+    found = repr(errors[0]["input"])
+    about = f" ({info.description}; default {info.get_default(call_default_factory=True)!r})"
+    expected = " or ".join(dict.fromkeys(map(_expected, errors)))
+    return f"{name}{where}={found if len(found) <= 80 else found[:77] + '…'}: expected {expected}{about}"
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+_EXPECTED = {
+    "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "dict": "a mapping {{key: value}}",
+    "tuple": "a list", "finite": "a finite number", "literal_error": "{expected}", "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}", "less_than": "less than {lt}", "less_than_equal": "at most {le}",
+}  # fmt: skip
+
+
+def _expected(error: Any) -> str:
+    """What pydantic says was expected, in our words."""
+    kind, context = error["type"], {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
+    form = _EXPECTED.get(kind) or _EXPECTED.get(kind.split("_")[0])
+    said: str = error["msg"] if form is None else form.format_map(context)
+    if kind == "literal_error" and isinstance(error["input"], str):
+        known = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(error["input"], known, n=1, cutoff=0.5)
+        said += f". Did you mean {near[0]!r}?" if near else ""
+    return said

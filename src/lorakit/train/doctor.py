@@ -30,7 +30,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "scipy": ("search", "searches without gradients"),
     "tensorboard": ("track", "report_to tensorboard"),
     "wandb": ("track", "report_to wandb"),
-    "gguf": ("gguf", "lorakit export --format gguf"),
+    "gguf": ("gguf", "lorakit export --to gguf"),
     "triton": ("", "compiled layers and kernels on a GPU"),
 }
 """Package: (the extra that brings it, what it is for)."""

@@ -9,11 +9,10 @@ from rich.table import Table
 from lorakit.core.base import numel
 from lorakit.core.method import describe
 from lorakit.core.params import ParamTable
-from lorakit.parts.optimizers.adamw import AdamW
 from lorakit.train.config import TrainConfig
 from lorakit.train.distributed import world
-from lorakit.train.evaluate import to
-from lorakit.train.memory import MemoryEstimate, estimate
+from lorakit.train.expected import expected
+from lorakit.train.memory import MemoryEstimate
 from lorakit.train.train import build
 
 
@@ -59,11 +58,7 @@ def dry_run(config: TrainConfig) -> Preview:
         per_site[row.site.name if row.site else row.name] += row.tensor.numel()
     shapes = {b.site.name: f"{b.site.d_out} × {b.site.d_in}" for b in adapted.branches()}
     sites = [(name, shapes.get(name, "whole"), n) for name, n in per_site.items()]
-    items = sorted(data.train.items, key=lambda item: -len(item.input_ids))[: config.per_device_train_batch_size]
-    batch = to(data.train.collate(items), here.device)
-    adapted.model.train()
-    spec = adapted.methods[adapted.active[0]].optim or AdamW()
-    memory = estimate(adapted.model, batch, optimizer=spec.rule)
+    memory = expected(adapted, data, config, here.device)
     accounts = [f"data: {note}" for note in parts.held.notes]
     accounts += [line for task in data.tasks for line in (f"train: {task.train.account}", f"eval: {task.valid.account}")]
     return Preview(config, table, sites, numel(adapted.model), accounts, adapted.notes, memory)

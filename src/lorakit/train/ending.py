@@ -1,5 +1,6 @@
 """What is found out when a run has ended: what the base alone reaches on the same held-out data, and what both say to some of its rows."""
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.core.errors import one_line
 from lorakit.data.tokenize import trained_bytes
 from lorakit.train.answers import SECONDS, TOKENS, Held, Sample, samples
+from lorakit.train.attention import segment_attention
 from lorakit.train.dataset import Side, TrainData
+from lorakit.train.expected import expected
 from lorakit.train.facts import memory_rows
 from lorakit.train.report import Outcome
 from lorakit.train.sequence import means
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 ITEMS = 512
 """Held-out windows or samples of a task that the base is measured on at most; of more, both are measured on the first ones."""
 Figures = dict[str, float]
+
+logger = logging.getLogger(__name__)
 
 
 def beside_base(run: "Run", tokenizer: PreTrainedTokenizerBase, final: Figures) -> tuple[Figures, Figures, str]:
@@ -79,8 +84,25 @@ def conclude(run: "Run", tokenizer: PreTrainedTokenizerBase, held: Held, result:
         result.notes,
         result.tasks,
         sum(path.stat().st_size for path in (result.out / "adapter").glob("*")),
+        foreseen(run) if found else [],
     )
     return result, outcome
+
+
+def foreseen(run: "Run") -> list[tuple[str, int]]:
+    """What one step should have needed in memory; nothing where that cannot be traced. It is asked for when the run is over: tracing makes
+    the process itself larger, and what is measured should be the run's."""
+    try:
+        with run.adapted.given(step=0):  # whose memo of the probe is forgotten with it
+            undo = segment_attention(run.adapted.model)
+        try:
+            rows = expected(run.adapted, run.data, run.config, run.world.device)
+        finally:
+            undo()
+    except Exception as error:  # a model whose shapes depend on values, say: the page does without
+        logger.info("no estimate of memory: %s", one_line(error))
+        return []
+    return [("expected of one step, its tensors alone", rows.total), ("of that, activations at their highest", rows.activations)]
 
 
 def answered(run: "Run", tokenizer: PreTrainedTokenizerBase, held: Held) -> tuple[list[Sample], str]:

@@ -24,6 +24,7 @@ from lorakit.train.answers import Held
 from lorakit.train.config import FIELDS, TrainConfig
 from lorakit.train.dataset import TrainData
 from lorakit.train.memory import gradient_bytes, storage_bytes, weight_bytes
+from lorakit.train.progress import COUNTED
 
 Pairs = list[tuple[str, str]]
 
@@ -63,6 +64,8 @@ class Facts:
     """What `lorakit eval` is told of each held-out source."""
     talks: bool = False
     """Whether its rows are conversations."""
+    counted: str = "tokens"
+    """What a loss is the mean over, and the speed counts."""
 
 
 def facts_of(
@@ -110,6 +113,7 @@ def facts_of(
         settings_notes=list(notes),
         measured=[said for source in settled.sources for said in _measured(*source)],
         talks=held.talks,
+        counted=COUNTED.get(data.task, "tokens"),
     )
 
 
@@ -246,7 +250,8 @@ def versions() -> str:
 
 def machine(device: torch.device) -> str:
     """Kind of processor, threads, accelerator: nothing that says whose it is."""
-    words = [f"{_cpu()}, {torch.get_num_threads()} threads", f"{platform.system()} {platform.machine()}"]
+    threads = torch.get_num_threads()
+    words = [f"{_cpu()}, {threads} thread{'s' if threads != 1 else ''}", f"{platform.system()} {platform.machine()}"]
     if device.type == "cuda":
         words.insert(0, f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})")
     elif device.type != "cpu":

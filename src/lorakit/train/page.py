@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from lorakit.train.chart import brief
+from lorakit.train.chart import brief, minus
 from lorakit.train.log import replace_file
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,7 +24,15 @@ def environment() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    found.filters |= {"figure": figure, "plain": plain, "size": size, "duration": duration, "signed": signed}
+    found.filters |= {
+        "figure": figure,
+        "plain": plain,
+        "size": size,
+        "duration": duration,
+        "signed": signed,
+        "minus": minus,
+        "spelled": spelled,
+    }
     return found
 
 
@@ -56,7 +64,12 @@ def figure(value: Any) -> str:
     """A figure of a run: a number in about four digits, a dash for none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else plain(value, 200)
-    return f"{value:,}" if isinstance(value, int) else brief(value) if abs(value) < 1e9 and math.isfinite(value) else f"{value:.3g}"
+    return minus(f"{value:,}" if isinstance(value, int) else brief(value) if abs(value) < 1e9 else f"{value:.3g}")
+
+
+def spelled(key: str) -> str:
+    """The key of a figure as people write it."""
+    return "KL" if key == "kl" else key.replace("_", " ").replace("f1", "F1")
 
 
 def signed(value: float | None) -> str:

@@ -49,7 +49,8 @@ class Judged(NamedTuple):
 class Ratios:
     """r of rows of a batch. Without an adapter the model is its own reference: r is 0, and has the policy's gradient.
 
-    `within` makes the context of one forward of the policy; `compiled`: whether the layers of a forward with gradients are (train/compile.py).
+    `within` makes the context of one forward of the policy; `world`: who shares the micro-batch; `compiled`: whether layers are compiled
+    where they train (train/compile.py).
     """
 
     model: nn.Module

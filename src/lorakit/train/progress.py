@@ -12,6 +12,15 @@ from lorakit.train.memory import used_bytes
 WINDOW = 50
 """Steps that the time left is judged by: long enough to be calm, short enough to follow a change."""
 
+COUNTED = {
+    "causal-lm": "trained tokens",
+    "sequence-classification": "texts",
+    "token-classification": "words",
+    "dpo": "pairs",
+    "kto": "answers",
+}
+"""Task -> what its loss is a mean over, which is what tokens_per_second counts."""
+
 
 class Progress:
     """Steps done, loss, tokens a second, memory and time left: a bar on a terminal, else silent, or a plain line every `every` steps.
@@ -28,9 +37,16 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False, console: Console | None = None
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        every: int | None = None,
+        quiet: bool = False,
+        counted: str = "tokens",
+        console: Console | None = None,
     ) -> None:
-        self.total, self.step = total, start
+        self.total, self.step, self.counted = total, start, counted.removeprefix("trained ")
         self.every = None if quiet else every
         self.console = console or Console(stderr=True)
         self._times = deque([time.monotonic()], maxlen=WINDOW)
@@ -43,7 +59,7 @@ class Progress:
         self.step += 1
         self._times.append(time.monotonic())
         parts = [f"loss {loss:.4f}"]
-        parts += [] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tok/s"]
+        parts += [] if tokens_per_second is None else [f"{tokens_per_second:,.0f} {self.counted}/s"]
         parts += [f"{(used_bytes() if memory is None else memory) / 1e9:.2f} GB", f"ETA {_clock(self.seconds_left())}"]
         self._show("  ".join(parts))
 

@@ -19,7 +19,7 @@ from lorakit.train.answers import Sample
 from lorakit.train.chart import Chart, Line, chart, curve
 from lorakit.train.facts import Facts, Pairs, now, word
 from lorakit.train.log import Row, read_log
-from lorakit.train.page import duration, render, size
+from lorakit.train.page import duration, figure, render, size, spelled
 from lorakit.train.runs import newest
 
 NAME = "report.html"
@@ -46,6 +46,8 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     borders: Sequence[Sequence[Figures]] = ()
     adapter_bytes: int = 0
+    expected: list[tuple[str, int]] = field(default_factory=list)
+    """As `memory`, what was foreseen from shapes alone."""
 
 
 @dataclass
@@ -89,7 +91,8 @@ def page_of(facts: Facts, rows: Sequence[Row], outcome: Outcome | None, notes: S
         written=now(),
         tiles=_tiles(facts, rows, outcome),
         figures=compared(outcome.base, outcome.compared or outcome.final) if outcome else [],
-        charts=charts(rows, facts.ends, (outcome.base.get("loss") if outcome and not facts.ends[1:] else None)),
+        tied=bool(outcome and _tied(outcome.base)),
+        charts=charts(rows, facts.ends, outcome.base.get("loss") if outcome and not facts.ends[1:] else None, counted=facts.counted),
         memory=_memory(rows, outcome),
         tasks=_tasks(facts.sources, outcome.borders) if outcome else [],
         notes=list(dict.fromkeys(outcome.notes if outcome else notes)),
@@ -111,8 +114,8 @@ def _tiles(facts: Facts, rows: Sequence[Row], outcome: Outcome | None) -> list[t
     final: Figures = outcome.final if outcome else newest(rows)
     for key in ("loss", "accuracy", "bits_per_byte", "forgetting", "margin", "entity_f1", "macro_f1"):
         if key in final and len(found) < 3:
-            base = outcome.base.get(key) if outcome and not outcome.compared else None
-            found.append((words(key), final[key], "" if base is None else f"base {base:.4g}"))
+            base = _untied(outcome.base).get(key) if outcome and not outcome.compared else None
+            found.append((words(key), final[key], "" if base is None else f"base {figure(base)}"))
     share = 100 * facts.trainable / max(1, facts.of)
     found.append(("trained parameters", facts.trainable, f"{share:.2g} % of {facts.of:,}"))
     if outcome:
@@ -121,57 +124,72 @@ def _tiles(facts: Facts, rows: Sequence[Row], outcome: Outcome | None) -> list[t
             found.append(("adapter on disk", size(outcome.adapter_bytes), ""))
     speeds = [y for _, y in curve(rows, "tokens_per_second") if math.isfinite(y)]
     if speeds:
-        found.append(("tokens a second", round(statistics.median(speeds)), "median"))
+        median = statistics.median(speeds)
+        found.append((f"{facts.counted} a second", round(median) if median >= 10 else median, "median"))
     return found
 
 
 def words(key: str) -> str:
     """A figure's name as people write it."""
-    return "held-out loss" if key == "loss" else key.replace("_", " ").replace("f1", "F1")
+    return "held-out loss" if key == "loss" else spelled(key)
 
 
 def compared(base: Figures, final: Figures) -> list[tuple[str, float | None, float | None, float | None]]:
     """(name, base, adapter, difference) of each held-out figure."""
-    found = []
+    found, known = [], _untied(base)
     for key in dict.fromkeys([*final, *base]):
-        a, b = base.get(key), final.get(key)
+        a, b = known.get(key), final.get(key)
         found.append((words(key), a, b, None if a is None or b is None else b - a))
     return found
 
 
-# (key in the rows, title, also shown where only it is there)
+def _tied(base: Figures) -> bool:
+    """Whether the base was its own reference: all its rewards are 0, so that it prefers nothing."""
+    return base.get("reward_chosen") == base.get("reward_rejected") == 0.0
+
+
+def _untied(base: Figures) -> Figures:
+    """Without the accuracy of what prefers nothing, which is no figure of 0."""
+    return {key: value for key, value in base.items() if key != "accuracy"} if _tied(base) else base
+
+
 _SERIES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
-    "tokens_per_second": "Tokens a second",
+    "tokens_per_second": "{counted} a second",
     "memory": "Memory",
 }
+"""Key in the rows -> title."""
 _KNOWN = {"step", "loss", "eval_loss", "epoch", "tokens", "task", "final", *_SERIES}
 OTHERS = 8
 """Figures of methods and of evaluations that get a picture of their own, at most."""
 
 
-def charts(rows: Sequence[Row], ends: Sequence[int] = (), base: float | None = None) -> list[Chart]:
-    """Every figure of a run over its steps: losses first, then what a step has, then evaluations and what the method adds."""
+def charts(rows: Sequence[Row], ends: Sequence[int] = (), base: float | None = None, *, counted: str = "tokens") -> list[Chart]:
+    """Every figure of a run over its steps: losses first, then what a step has, then evaluations and what the method adds. `counted`: what
+    the speed counts."""
     borders = list(ends[:-1])
-    level = None if base is None else (base, "base")
-    losses = [Line("training", curve(rows, "loss"), 0), Line("held-out", curve(rows, "eval_loss"), 1)]
-    found = [chart("Loss", losses, level=level, marks=borders, best=True)]
+    level = None if base is None else (base, f"base {figure(base)}")
+    found = [chart("Loss", _both(rows, "loss"), level=level, marks=borders, best=True)]
     for key, title in _SERIES.items():
-        points = curve(rows, key)
+        points, title = curve(rows, key), title.format(counted=counted.capitalize())
         if key == "memory":
             unit, name = _unit(max((y for _, y in points if math.isfinite(y)), default=0.0))
             points, title = [(x, y / unit) for x, y in points], f"Memory ({name})"
         found.append(chart(title, [Line("", points, 2)], marks=borders))
-    keys = dict.fromkeys(key for row in rows for key in row if key not in _KNOWN)
-    others = (chart(_title(key), [Line("", curve(rows, key), 3)], marks=borders) for key in keys)
-    drawn = (c for c in others if c and "L" in c.lines[0].path)  # a single value is among the figures
+    keys = dict.fromkeys(key.removeprefix("eval_") for row in rows for key in row if key not in _KNOWN)
+    others = (chart(_title(words(key)), _both(rows, key), marks=borders) for key in keys)
+    drawn = (c for c in others if c and any("L" in line.path for line in c.lines))  # a single value is among the figures
     return [c for c in found if c] + list(islice(drawn, OTHERS))
 
 
-def _title(key: str) -> str:
-    name = key.removeprefix("eval_")
-    return (words(name) if name == key else f"held-out {words(name)}").replace("_", " ").capitalize().replace("f1", "F1")
+def _both(rows: Sequence[Row], key: str) -> list[Line]:
+    """A figure of the training batches, and of the held-out rows."""
+    return [Line("training", curve(rows, key), 0), Line("held-out", curve(rows, f"eval_{key}"), 1)]
+
+
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _unit(largest: float) -> tuple[float, str]:
@@ -179,10 +197,10 @@ def _unit(largest: float) -> tuple[float, str]:
 
 
 def _memory(rows: Sequence[Row], outcome: Outcome | None) -> list[tuple[str, int, float]]:
-    """(what, bytes, per cent of the largest) of the memory's parts, the measured peak first."""
+    """(what, bytes, per cent of the largest) of the memory's parts, the measured peak first, what was expected after it."""
     peak = int(max((y for _, y in curve(rows, "memory") if math.isfinite(y)), default=0))
-    parts = [("highest measured, all of the process", peak)] if peak else []
-    parts += outcome.memory if outcome else []
+    parts = [("highest measured", peak)] if peak else []
+    parts += [*outcome.expected, *outcome.memory] if outcome else []
     largest = max((n for _, n in parts), default=0)
     return [(what, n, 100 * n / max(1, largest)) for what, n in parts]
 
@@ -201,7 +219,8 @@ def usage(facts: Facts) -> Pairs:
     path = f"{dict(facts.provenance)['output folder']}/adapter"
     folder, loaded = word(path), f"os.path.expanduser({path!r})" if path.startswith("~") else repr(path)
     talk = [("talk to it", f"lorakit chat {folder}")] if facts.talks else []
-    say = [] if facts.shape in ("classify", "tag") else [("continue a text", f"lorakit generate {folder} --prompt 'Once'")]
+    what = "continue a text" if facts.shape == "text" or facts.talks else "answer a prompt"
+    say = [] if facts.shape in ("classify", "tag") else [(what, f"lorakit generate {folder} --prompt 'Once'")]
     return [
         *talk,
         *say,

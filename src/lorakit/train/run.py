@@ -34,7 +34,7 @@ from lorakit.train.log import MetricsLog
 from lorakit.train.memory import used_bytes
 from lorakit.train.metrics import forward_loss, forward_scored
 from lorakit.train.preference import Ratios
-from lorakit.train.progress import Progress
+from lorakit.train.progress import COUNTED, Progress
 from lorakit.train.sequence import Figures, ends_of, rates_of, summary
 from lorakit.train.state import random_state, restore_random, write_state
 from lorakit.train.stream import Stream, calibration
@@ -112,7 +112,7 @@ class Run:
                 controller.start()
             for controller in self.controllers:
                 controller.before_task(self.task)
-        with Progress(self.total, quiet=self.quiet, start=self.at.step) as progress:
+        with Progress(self.total, quiet=self.quiet, start=self.at.step, counted=COUNTED.get(self.data.task, "tokens")) as progress:
             while self.at.step < self.total and not self.at.stopped:
                 row = self._step(progress)
                 self._after(row)

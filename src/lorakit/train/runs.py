@@ -17,6 +17,7 @@ from typing import Any
 from lorakit.core.errors import BadParameter, LorakitError, did_you_mean, one_line
 from lorakit.train.chart import Chart, Line, chart, curve
 from lorakit.train.log import Row, read_log
+from lorakit.train.progress import COUNTED
 
 RECORD, RESULT, METRICS = "run.json", "result.json", "metrics.jsonl"
 LARGEST = {RECORD: 10_000_000, RESULT: 10_000_000, METRICS: 500_000_000}
@@ -265,8 +266,9 @@ def compare(runs: Sequence[Found]) -> Comparison:
     differing = [(key, [found.get(key, _MISSING) for found in settings]) for key in keys]
     names = dict.fromkeys(name for run in runs for name in run.figures)
     figures: list[tuple[str, list[float | None]]] = [(name, [run.figures.get(name) for run in runs]) for name in names]
-    for name in ("trained", "seconds", "steps"):
-        figures.append((name, [getattr(run, name) for run in runs]))
+    figures.append(("trained", [run.trained for run in runs]))
+    figures.append(("seconds", [None if run.seconds is None else round(run.seconds) for run in runs]))
+    figures.append(("steps", [run.steps for run in runs]))
     return Comparison(
         list(runs),
         [(name, values) for name, values in figures if any(v is not None for v in values)],
@@ -320,14 +322,16 @@ _CURVES = {
     "eval_accuracy": "Held-out accuracy",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
-    "tokens_per_second": "Tokens a second",
+    "tokens_per_second": "{counted} a second",
 }
 
 
 def overlaid(runs: Sequence[Found]) -> list[Chart]:
     """The runs' curves over each other."""
     shown = list(enumerate(runs))[:LINES]
+    counted = ", ".join(dict.fromkeys(COUNTED.get(_text(run.record.get("task")), "tokens") for _, run in shown)).capitalize()
     found = []
     for key, title in _CURVES.items():
-        found.append(chart(title, [Line(run.label, curve(run.rows, key), i) for i, run in shown], best=key == "eval_loss"))
+        lines = [Line(run.label, curve(run.rows, key), i) for i, run in shown]
+        found.append(chart(title.format(counted=counted), lines, best=key == "eval_loss"))
     return [c for c in found if c]

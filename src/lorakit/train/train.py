@@ -28,7 +28,7 @@ from lorakit.train.answers import Held, held_out
 from lorakit.train.attention import segment_attention
 from lorakit.train.beginning import Beginning, beginning
 from lorakit.train.checkpoint import checkpoints
-from lorakit.train.compile import CompiledLayers, compile_layers
+from lorakit.train.compile import CompiledLayers, compile_layers, inductor_rounding
 from lorakit.train.compile_choice import choose
 from lorakit.train.config import TrainConfig
 from lorakit.train.curve import draw_curve
@@ -159,7 +159,8 @@ def build(config: TrainConfig, here: World, state: Mapping[str, Any] | None = No
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     choice = choose(config, adapted, data, here, None if state is None else state["compiled"])
-    compiled = compile_layers(model, required=choice.required, dynamic=choice.dynamic) if choice.on else None
+    backend = None if aim is None else inductor_rounding
+    compiled = compile_layers(model, required=choice.required, dynamic=choice.dynamic, backend=backend) if choice.on else None
     if here.sharded:
         shard(model, adapted.params())
     held = held_out(tasks, config.report_samples)
@@ -230,8 +231,9 @@ def make_data(
 
 def idle_keys(config: TrainConfig, aim: Aim | None, task: str) -> list[str]:
     """Which keys that the user gave the task does not know."""
-    keys = {"beta", "desirable_weight", "undesirable_weight"} - set({} if aim is None else aim.keys()) | ({"train_on"} if task != "causal-lm" else set())
-    given = [key for key in sorted(keys) if getattr(config, key) != TrainConfig.model_fields[key].default]
+    known = {"train_on"} if task == "causal-lm" else set(() if aim is None else aim.keys())
+    asked = [key for key in ("beta", "desirable_weight", "train_on", "undesirable_weight") if key not in known]
+    given = [key for key in asked if getattr(config, key) != TrainConfig.model_fields[key].default]
     return [f"{', '.join(given)}: without effect on task={task}"] if given else []
 
 

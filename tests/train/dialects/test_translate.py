@@ -9,9 +9,11 @@ import pytest
 
 from lorakit.core.errors import BadParameter, LorakitError
 from lorakit.core.method import describe
+from lorakit.train.chat_templates import TEMPLATES
 from lorakit.train.config import FIELDS, Resolved, TrainConfig, resolve_config
 from lorakit.train.dialects.rule import Joint, Only, To, plain
 from lorakit.train.dialects.translate import DIALECTS, recognize
+from lorakit.train.rows import read_rows
 
 FACTORY: dict[str, Any] = {
     "model_name_or_path": "bundled", "stage": "sft", "do_train": True, "finetuning_type": "lora", "dataset": "rows.jsonl",
@@ -172,6 +174,8 @@ def test_trl_trains_completions_of_pairs_and_all_of_chats() -> None:
         (TRL, {"use_rslora": True, "lora_target_modules": "all-linear"}, "rslora", {"sites": "all-linear"}),
         (TRL, {"lora_target_modules": r".*layers\.0.*q_proj"}, "lora", {"sites": r"re:.*layers\.0.*q_proj"}),
         (TRL, {"load_in_4bit": True}, "qlora", {"double_quant": False}),
+        (FACTORY, {"quantization_bit": 4, "double_quantization": False}, "qlora", {"double_quant": False}),
+        (FACTORY, {"quantization_bit": 4, "double_quantization": False, "use_dora": True}, "qlora+dora", {"double_quant": False}),
         (TRL, {"load_in_4bit": True, "use_dora": True}, "qlora+dora", {"double_quant": False}),
     ],
 )
@@ -247,7 +251,10 @@ REFUSED = [
     (AXOLOTL, "optimizer", "lion_8bit", "the optimizer is AdamW"),
     (AXOLOTL, "relora", True, "method: relora"),
     (AXOLOTL, "special_tokens", {"eos_token": "<end>"}, "save a tokenizer with it"),
+    (FACTORY, "export_dir", "merged", "lorakit merge ADAPTER --out FOLDER"),
+    (AXOLOTL, "datasets", [{"path": "rows.jsonl", "type": "chatml.intel"}], "type chatml.intel is not read"),  # it asks for rl: dpo
     (TRL, "loss_type", "dft", "trained with nll"),
+    (TRL, "loss_type", ["nll", "dft"], "trained with nll"),
     (TRL, "eos_token", "<|im_end|>", "save a tokenizer"),
     (TRL, "dataset_train_split", "train[:10%]", "save that split as a file"),
     (TRL, "torch_dtype", "float16", "use bfloat16"),
@@ -488,3 +495,61 @@ def test_no_entry_of_a_data_set_is_a_traceback() -> None:
         for value in ODD:
             with contextlib.suppress(LorakitError):
                 config(AXOLOTL | {"datasets": [{"path": "rows.jsonl", "type": "chat_template"} | {key: value}]})
+
+
+def test_trls_old_name_of_its_loss_is_that_loss() -> None:
+    assert config(TRL | {"loss_type": "chunked_nll"}) == config(TRL | {"loss_type": "nll"}) == config(TRL)
+    with pytest.raises(BadParameter, match="dpo is trained with sigmoid"):
+        config(TRL | {"loss_type": "chunked_nll", "beta": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("rl", "kind", "row"),
+    [
+        ("dpo", "chatml.intel", {"system": "be", "question": "hi", "chosen": "yo", "rejected": "no"}),
+        ("dpo", "llama3.argilla", {"system": "be", "instruction": "hi", "chosen_response": "yo", "rejected_response": "no"}),
+        ("dpo", "chatml.icr", {"system": "be", "input": "hi", "chosen": "yo", "rejected": "no"}),
+        ("dpo", "llama3.prompt_pairs", {"system": "be", "prompt": "hi", "chosen": "yo", "rejected": "no"}),
+        ("dpo", "chatml.ultra", {
+            "prompt": "hi", "chosen": [("user", "hi"), ("assistant", "yo")], "rejected": [("user", "hi"), ("assistant", "no")],
+        }),
+        ("dpo", "chat_template.default", {"prompt": [("user", "hi")], "chosen": ("assistant", "yo"), "rejected": ("assistant", "no")}),
+        ("kto", "chatml.argilla", {"system": "be", "instruction": "hi", "completion": "yo", "label": True}),
+        ("kto", "llama3.intel", {"system": "be", "question": "hi", "completion": "yo", "label": True}),
+        ("kto", "chatml.ultra", {"system": "be", "prompt": "hi", "completion": "yo", "label": True}),
+    ],
+)  # fmt: skip
+def test_axolotls_types_of_judged_rows_are_chats_of_their_template(rows: Path, rl: str, kind: str, row: dict[str, Any]) -> None:
+    """The rows are written as axolotl's documentation of each type has them."""
+    written = json.loads(json.dumps(row), object_hook=lambda d: {key: _messages(value) for key, value in d.items()})
+    (rows / "rows.jsonl").write_text("".join(json.dumps(written | {"n": i}) + "\n" for i in range(20)))
+    found = config(AXOLOTL | {"rl": rl, "datasets": [{"path": "rows.jsonl", "type": kind}]})
+    read_ = read_rows(found)
+    assert (found.task, read_.task) == (rl, rl)
+    system = [{"role": "system", "content": "be"}] if "system" in row else []
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("yo", "no"))
+    answers = {"completion": yes, "label": True} if rl == "kto" else {"chosen": yes, "rejected": no}
+    row = {key: value for key, value in read_.train[0].items() if key != "n"}
+    assert row == {"prompt": [*system, {"role": "user", "content": "hi"}], **answers}
+    template = kind.partition(".")[0]
+    assert found.chat_template == (None if template == "chat_template" else TEMPLATES[template])
+
+
+def _messages(value: Any) -> Any:
+    """["user", "hi"] as a message, and lists of them."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+        return {"role": value[0], "content": value[1]}
+    return [_messages(part) for part in value] if isinstance(value, list) else value
+
+
+def test_trl_evaluates_on_the_test_split_of_a_saved_data_set(rows: Path) -> None:
+    for split, n in (("train", 12), ("test", 3)):
+        (rows / "saved" / split).mkdir(parents=True)
+        (rows / "saved" / split / "rows.jsonl").write_text("".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(n)))
+    file = TRL | {"dataset_name": "saved"}
+    found = read(file | {"eval_strategy": "steps"})
+    says(found, "dataset_test_split -> eval_data saved/test")
+    held = read_rows(found.config)
+    assert (len(held.train), [row["text"] for row in held.valid]) == (12, ["test 0", "test 1", "test 2"])
+    assert config(file).eval_data == "saved"  # evaluation is not asked for
+    assert config(file | {"eval_strategy": "steps"}, eval_data="rows.jsonl").eval_data == "rows.jsonl"

@@ -206,6 +206,8 @@ def _kind(draft: Draft, entry: dict[str, Any], where: str) -> tuple[str, dict[st
         if str(kind) in ("chat_template.default", "chat_template.argilla", "chat_template.argilla_chat"):
             return _preferences(entry)
         return _messages(entry, where, sharegpt=name == "sharegpt")
+    if (judged := _judged(draft, str(kind), where)) is not None:
+        return judged
     raise BadParameter(
         f"{where}: type {show(kind)} is not read; use alpaca, chat_template or completion, or write the rows as prompt and completion and "
         "leave type out"
@@ -244,6 +246,26 @@ def _preferences(entry: dict[str, Any]) -> tuple[str, dict[str, str]]:
         "rejected": entry.get("field_rejected", "rejected"),
     }
     return "preference", {ours: str(theirs) for ours, theirs in names.items() if ours != theirs}
+
+
+_PROMPTS = {"argilla": "instruction", "intel": "question", "icr": "input", "prompt_pairs": "prompt", "ultra": "prompt"}
+
+
+def _judged(draft: Draft, kind: str, where: str) -> tuple[str, dict[str, str]] | None:
+    """`chatml.intel` and the like: the chat template, and what the prompt and its answers are called."""
+    template, _, name = kind.partition(".")
+    if template not in ("chatml", "llama3") or name not in _PROMPTS or draft.get("rl") not in ("dpo", "kto"):
+        return None
+    if "chat_template" not in draft.values and not any(key in draft.given for key in ("chat_template", "chat_template_jinja")):
+        draft.put("chat_template", template, where, why=f"type {kind}")
+    if draft.get("rl") == "kto":
+        names = {"instruction": _PROMPTS[name], "output": "completion", "kto_tag": "label"}
+        shape = "feedback"
+    else:
+        names = {"instruction": _PROMPTS[name]} if name != "ultra" else {}  # ultra's answers are messages
+        names |= {"chosen": "chosen_response", "rejected": "rejected_response"} if name == "argilla" else {}
+        shape = "preference"
+    return shape, names
 
 
 def _custom(kind: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:

@@ -18,6 +18,7 @@ from lorakit.train.dialects.shared import (
     TRAINING,
     Source,
     choose_method,
+    four_bits,
     hold_out,
     hub_or_file,
     loraplus,
@@ -84,6 +85,7 @@ def _method(draft: Draft) -> None:
         parts.append(("pissa", "pissa_init"))
         iterations = int(number(draft, "pissa_iter")) if "pissa_iter" in draft.given else 16
         args["niter"] = (max(iterations, 0), "pissa_iter" if "pissa_iter" in draft.given else "pissa_init")
+    parts += [(name, "double_quantization") for name in _quantized(draft)]
     for key, method in (("use_rslora", "rslora"), ("use_dora", "dora")):
         if draft.get(key) is True:
             parts.append((method, key))
@@ -96,22 +98,23 @@ def _method(draft: Draft) -> None:
     if not is_number(r):
         raise BadParameter(f"lora_rank {show(r)} is no number")
     choose_method(draft, parts, args, {"r": 8, "alpha": 2.0 * r, "dropout": 0.0, "sites": "all-linear"})
-    _quantized(draft)
 
 
-def _quantized(draft: Draft) -> None:
+def _quantized(draft: Draft) -> list[str]:
+    """Sets the base's storage, and names the method that brings it where only a method can say how."""
     bits = draft.get("quantization_bit")
     if bits is None:
-        return
+        return []
     if bits != 4:
         raise draft.refuse("quantization_bit", "the base is stored in 4 bits (quantize: nf4) or as it is")
     if draft.get("quantization_method", "bnb") not in ("bnb", "bitsandbytes", "nf4"):
         raise draft.refuse("quantization_method", "the base is stored in NF4, as bnb does; use bnb")
     if draft.get("quantization_type", "nf4") != "nf4":
         raise draft.refuse("quantization_type", "use nf4")
-    if draft.get("double_quantization", True) is not True:
-        raise draft.refuse("double_quantization", "use method: qlora and double_quant: false instead of quantization_bit")
-    draft.put("quantize", "nf4", "quantization_bit")
+    nested = draft.get("double_quantization", True) is True
+    methods: list[str] = []
+    four_bits(draft, "quantization_bit" if nested else "double_quantization", nested=nested, method=methods)
+    return methods
 
 
 def _data(draft: Draft) -> None:
@@ -279,7 +282,7 @@ LLAMA_FACTORY = Dialect(
         "quantization_bit": Joint("quantize"),
         "quantization_method": Joint("quantize"),
         "quantization_type": Joint("quantize"),
-        "double_quantization": Joint("quantize"),
+        "double_quantization": Joint("quantize double_quant"),
         "quantization_device_map": Idle("the base is quantized before it moves to the device"),
         "stage": Joint("task"),
         "finetuning_type": Joint("method"),
@@ -351,6 +354,10 @@ LLAMA_FACTORY = Dialect(
         "train_from_scratch": Only((False,), "adapters need a trained base"),
         "infer_backend": Idle("it is for inference"),
         "infer_dtype": Idle("it is for inference"),
+        **{
+            f"export_{name}": Only((), "a finished adapter is merged by lorakit merge ADAPTER --out FOLDER")
+            for name in ("dir", "size", "device", "legacy_format", "hub_model_id", "quantization_bit", "quantization_dataset")
+        },
         "print_param_status": Idle("--dry-run lists what is trained"),
         "freeze_trainable_layers": Idle(FREEZE),
         "freeze_trainable_modules": Idle(FREEZE),

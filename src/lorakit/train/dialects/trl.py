@@ -54,8 +54,8 @@ def settle(draft: Draft) -> None:
     else:
         precision(draft, "dtype")
     loss = words(draft.get("loss_type")) if "loss_type" in draft.given else []
-    usual = {"causal-lm": ("nll",), "dpo": ("sigmoid",), "kto": ("kto",)}[task]
-    if loss and loss != list(usual):
+    usual = {"causal-lm": ("nll", "chunked_nll"), "dpo": ("sigmoid",), "kto": ("kto",)}[task]
+    if loss and (len(loss) > 1 or loss[0] not in usual):
         raise draft.refuse("loss_type", f"{task} is trained with {usual[0]} here; leave it out")
     if task == "causal-lm":
         _trained_on(draft)
@@ -153,9 +153,19 @@ def _data(draft: Draft) -> None:
         draft.put("columns", columns, "dataset_text_field")
     if "dataset_config" in draft.given and not str(draft.known("train_data")).startswith("hf:"):
         draft.without_effect("dataset_config", "a file has no configurations")
-    hold_out(draft, "eval_strategy", 0.0)
-    if "dataset_test_split" in draft.given:
+    test = _test_split(draft, columns)
+    hold_out(draft, "eval_strategy", 0.0, held=test, said="dataset_test_split")
+    if "dataset_test_split" in draft.given and test is None:
         draft.without_effect("dataset_test_split", "give a file as eval_data to hold other rows out")
+
+
+def _test_split(draft: Draft, columns: dict[str, str]) -> Source | None:
+    """What TRL evaluates on: that split of a data set saved on disk, where evaluation is asked for."""
+    train, wanted = draft.known("train_data"), draft.get("eval_strategy") not in (None, False, "no")
+    if not wanted or not isinstance(train, str) or "eval_data" in draft.own:
+        return None
+    path = Path(os.path.expanduser(train), str(draft.get("dataset_test_split", "test")))
+    return Source(str(path), "auto", columns) if os.path.isdir(path) else None
 
 
 def _mixture(draft: Draft, columns: dict[str, str]) -> list[Source]:
