@@ -97,6 +97,10 @@ CASES = {
         {"prompt": "hi", "chosen": [A], "rejected": [NO]},
         {"prompt": [U], "chosen": [A], "rejected": [NO]},
     ),
+    "fields that a table gives every message": (
+        {"messages": [U | {"tool_calls": None, "weight": None}, A | {"tool_calls": None, "name": None}]},
+        {"messages": [U, A]},
+    ),
     "answers that are one message each": (
         {"prompt": [U], "chosen": A, "rejected": NO},
         {"prompt": [U], "chosen": [A], "rejected": [NO]},

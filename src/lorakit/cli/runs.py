@@ -66,11 +66,13 @@ def listing(found: list[Any]) -> Table:
 
 def figures(comparison: Any) -> Table:
     """Held-out figures and cost, each with its difference from the first run's."""
+    from lorakit.train.page import spelled
+
     table = Table("figure", *(Column(_plain(run.label), justify="right", overflow="fold") for run in comparison.runs), box=None)
     for name, values in comparison.figures:
         first = values[0]
         cells = [_figure(v) + ("" if v is None or first is None or i == 0 else f" ({_change(v - first)})") for i, v in enumerate(values)]
-        table.add_row(name.replace("_", " "), *cells)
+        table.add_row(spelled(name), *cells)
     return table
 
 

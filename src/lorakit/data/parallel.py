@@ -40,7 +40,7 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: i
     drawn = iter(tasks)
     first = list(islice(drawn, min(count, cores())))
     count, tasks = len(first), chain(first, drawn)
-    if count < 1:  # a process takes seconds to start, and configurations ask for sixteen whatever there is to do
+    if count < 2:  # a process takes seconds to start, and configurations ask for sixteen whatever there is to do
         yield from map(work, tasks)
         return
     try:

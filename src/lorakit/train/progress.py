@@ -50,7 +50,7 @@ class Progress:
         self.every = None if quiet else every
         self.console = console or Console(stderr=True)
         self._times = deque([time.monotonic()], maxlen=WINDOW)
-        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[status]}"))
+        columns = (progress.BarColumn(24), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[status]}"))
         self._bar = progress.Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
         self._task = self._bar.add_task("train", total=total, completed=start, status="")
 
