@@ -24,7 +24,7 @@ def test_without_a_terminal_it_is_silent() -> None:
 
 def test_when_asked_it_prints_a_plain_line_every_n_steps_and_the_last() -> None:
     lines = run(every=4).splitlines()
-    assert lines == [f"step {n}/10  loss 2.5000  1,234 tokens/s  3.00 GB  ETA 0:00:00" for n in (8, 10)]
+    assert lines == [f"step {n}/10  loss 2.5000  1,234 tok/s  3.00 GB  ETA 0:00:00" for n in (8, 10)]
 
 
 def test_on_a_terminal_it_is_a_bar() -> None:

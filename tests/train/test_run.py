@@ -197,8 +197,22 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(LorakitError, match="the loss is nan at step .*lower learning_rate"):
+    with pytest.raises(LorakitError, match="the (loss|gradient's norm) is (nan|inf) at step .*lower learning_rate"):
         train(config(tmp_path, learning_rate=10, alpha=1e20, max_grad_norm=0.0, max_steps=20), quiet=True)
+    with pytest.raises(LorakitError, match="the held-out loss is nan after the last step"):
+        train(config(tmp_path, learning_rate=10, alpha=1e18, max_steps=1, save_steps=0, output_dir=str(tmp_path / "last")), quiet=True)
+    assert not (tmp_path / "last" / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_changes_no_parameter(tmp_path: Path) -> None:
+    parts = build(config(tmp_path), world())
+    run = Run(parts.adapted, parts.data, parts.config, world(), out=None)
+    before = [row.tensor.detach().clone() for row in run.table]
+    for row in run.table:
+        row.tensor.grad = torch.full_like(row.tensor, torch.inf)
+    with pytest.raises(LorakitError, match="the gradient's norm is inf at step 0; lower learning_rate"):
+        run.update(Step(0, 1))
+    assert all(torch.equal(row.tensor, old) for row, old in zip(run.table, before, strict=True))
 
 
 def test_a_site_that_never_runs_is_an_error(tmp_path: Path) -> None:

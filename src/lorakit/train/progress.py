@@ -46,7 +46,7 @@ class Progress:
         counted: str = "tokens",
         console: Console | None = None,
     ) -> None:
-        self.total, self.step, self.counted = total, start, counted.removeprefix("trained ")
+        self.total, self.step, self.counted = total, start, "tok" if counted.endswith("tokens") else counted
         self.every = None if quiet else every
         self.console = console or Console(stderr=True)
         self._times = deque([time.monotonic()], maxlen=WINDOW)

@@ -125,7 +125,13 @@ class Run:
             controller.finish()
         final = self._judge_tasks() if self.data.later else self.evaluate()
         self._record({"step": self.at.step, **{f"eval_{k}": v for k, v in final.items()}, "final": True})
+        self._check_finite("the held-out loss", final["loss"], "after the last step")
         return final
+
+    def _check_finite(self, what: str, value: float, when: str) -> None:
+        """LorakitError unless it is: what has diverged is not saved."""
+        if not math.isfinite(value):
+            raise LorakitError(f"{what} is {value} {when}; lower learning_rate ({self.config.learning_rate}) or check the data")
 
     def evaluate(self, task: TrainData | None = None) -> Figures:
         """Figures on the held-out side of a task, by default of the present one. A sharded base gathers its weights in every forward, so
@@ -207,10 +213,7 @@ class Run:
         self.world.sum_(grads)
         total_nats, total_tokens, *totals = self.world.total(float(nats), tokens, *sums.tolist())
         self._count(totals)
-        if not math.isfinite(total_nats):
-            raise LorakitError(
-                f"the loss is {total_nats} at step {info.index}; lower learning_rate ({self.config.learning_rate}) or check the data"
-            )
+        self._check_finite("the loss", total_nats, f"at step {info.index}")
         if grads:
             torch._foreach_mul_(grads, 1 / max(1.0, total_tokens))
         for penalty in self.method.penalties:
@@ -268,6 +271,7 @@ class Run:
         for controller in self.controllers:
             controller.after_backward(info)
         norm, clip = self._clip()
+        self._check_finite("the gradient's norm", norm, f"at step {info.index}")
         self.optimizer.step()
         for controller in self.controllers:
             controller.after_step(Step(info.index, info.total, clip))
