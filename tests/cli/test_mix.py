@@ -149,7 +149,7 @@ def test_a_base_is_read_once_and_only_for_folders_of_peft(folder: Path, monkeypa
         (["a", "b", "--weights", "0.5", "--out", "x"], "1 weights for 2 adapters"),
         (["a", "b", "--how", "tis", "--out", "x"], "Did you mean 'ties'"),
         (["a", "b", "--how", "ties", "--density", "-1", "--out", "x"], "density=-1"),
-        (["a", "b", "--how", "ties", "--density", "1.5", "--out", "x"], "Input should be less than or equal to 1"),
+        (["a", "b", "--how", "ties", "--density", "1.5", "--out", "x"], "density=1.5: expected at most 1"),
         (["a", "b", "--how", "svd", "--rank", "-1", "--out", "x"], "svd: rank=-1"),
         (["a", "b", "--how", "slerp", "--space", "delta+svd:0", "--out", "x"], "expected +svd:Q with a rank Q of at least 1"),
         (["a", "b", "--space", "cor", "--out", "x"], "Did you mean 'core'"),
@@ -177,7 +177,7 @@ def test_a_base_is_read_once_and_only_for_folders_of_peft(folder: Path, monkeypa
         ),
         (["--recipe", "stats.yaml", "--out", "x"], "linear has no option 'stats'"),
         (["--recipe", "seed.yaml", "--out", "x"], "seed=-1; expected a number"),
-        (["--recipe", "inner.yaml", "--out", "x"], "ties: density=2: Input should be less than or equal to 1"),
+        (["--recipe", "inner.yaml", "--out", "x"], "ties: density=2: expected at most 1"),
     ],
 )
 def test_what_was_typed_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:

@@ -42,7 +42,7 @@ from lorakit.train.config import FIELDS, FREE, TrainConfig, load_config, make_co
         ({"method": 3}, "method=3 is no name"),
         ({"method": ["lora"]}, "is no name"),
         ({"method_args": [1]}, "is no mapping"),
-        ({"r": "many"}, "r='many' is not int"),
+        ({"r": "many"}, "r='many': expected an integer$"),
         ({"model": None}, "model=None"),
         ({"run_name": {"a": 1}}, "run_name="),
         ({"lr": 1e-4}, "unknown key 'lr' .method lora.. Did you mean 'learning_rate'"),

@@ -18,6 +18,7 @@ from typing import Any
 import pydantic
 
 from lorakit.core.base import BaseSpec
+from lorakit.core.checked import expected
 from lorakit.core.combine import AddSpec, CombineSpec
 from lorakit.core.compose import composed
 from lorakit.core.delta import DeltaSpec
@@ -224,5 +225,5 @@ def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
         raise BadParameter(
-            f"method {name!r}: {key}={value!r} is not {getattr(hint, '__name__', hint)}: {error.errors()[0]['msg']}"
+            f"method {name!r}: {key}={value!r}: expected {' or '.join(dict.fromkeys(map(expected, error.errors())))}"
         ) from None

@@ -46,6 +46,11 @@ class BadRow(DataError):
         self.where, self.reason, self.field = str(where), reason, field
 
 
+def leaving_out(said: str) -> str:
+    """What is wrong with one row among others, with the way to go on without it."""
+    return said if said.endswith(("?", ".")) else f"{said}; skip_bad (--skip-bad) leaves such rows out and counts them"
+
+
 def shape_of(row: Row, *, where: object = "row 1") -> Shape:
     """The one shape whose keys the row has; BadRow naming the keys found when there is none or more than one."""
     fits: list[Shape] = [shape for shape, keys in KEYS.items() if all(key in row for key in keys)]

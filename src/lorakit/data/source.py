@@ -26,7 +26,7 @@ from lorakit.data.hub import open_hub
 from lorakit.data.lazy import Chosen, LazyRows, Made
 from lorakit.data.recognize import BESIDE, Format, check_columns, recognize
 from lorakit.data.records import Place, Records
-from lorakit.data.row import BadRow, Row, Shape, canonical, shape_of
+from lorakit.data.row import BadRow, Row, Shape, canonical, leaving_out, shape_of
 from lorakit.data.split import Split, check_fraction, check_split, hashed, held_out
 from lorakit.data.textfile import SUFFIXES, cut_text, text_records
 
@@ -177,8 +177,7 @@ def _recognized(records: Records, reading: Reading) -> tuple[Format, Row]:
 
 def _leave_out(error: BadRow) -> BadRow:
     """The error of one row among others, with the way to go on without it."""
-    hint = "" if str(error).endswith(("?", ".")) else "; skip_bad (--skip-bad) leaves such rows out and counts them"
-    return BadRow(f"{error}{hint}", error.where, reason=error.reason, field=error.field)
+    return BadRow(leaving_out(str(error)), error.where, reason=error.reason, field=error.field)
 
 
 def _keys(records: Records, start: int) -> Row:

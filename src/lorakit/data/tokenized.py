@@ -4,7 +4,6 @@ Rows are taken a few at a time, in this process or in several, and always give t
 found again when the same rows meet the same tokenizer (`token_cache`); few stay in memory.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,9 @@ from lorakit.data.account import Account, Counts, account_of
 from lorakit.data.chat import TrainOn
 from lorakit.data.encoded import IGNORED, Encoded
 from lorakit.data.lazy import place_of
-from lorakit.data.parallel import in_processes
+from lorakit.data.parallel import cores, in_processes
 from lorakit.data.progress import advancing
-from lorakit.data.row import Row, Shape, data_hash, shape_of
+from lorakit.data.row import Row, Shape, data_hash, leaving_out, shape_of
 from lorakit.data.samples import Layout, Samples, gathered
 from lorakit.data.token_cache import TokenCache
 
@@ -138,7 +137,7 @@ class Tokenizing(ABC):
             if len(rows) == 1:
                 said = f"{where(0)}: {error}"
                 if not self.rules.skip_bad:
-                    raise DataError(said) from None
+                    raise DataError(leaving_out(said)) from None
                 return [], Counts(rows=1, bad=1, named=(said,))
         done: list[Any] = []
         counts = Counts()
@@ -200,8 +199,7 @@ class How:
 
     def processes(self, n: int) -> int:
         """How many are used for so many rows."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers or max(1, min(cores, n // ROWS_A_WORKER))
+        return self.workers or max(1, min(cores(), n // ROWS_A_WORKER))
 
 
 def tokenized(tokenizing: Tokenizing, rows: Sequence[Row], how: How | None = None) -> Tokenized[Any]:

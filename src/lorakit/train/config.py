@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from lorakit.core.checked import expected
 from lorakit.core.errors import BadParameter, did_you_mean
 from lorakit.core.method import Method, describe, get_method
 from lorakit.train.chat_templates import TEMPLATES
@@ -250,28 +251,9 @@ def _first(error: pydantic.ValidationError) -> str:
     where = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in errors[0]["loc"][1 + (len(kinds) > 1) :])
     found = repr(errors[0]["input"])
     about = f" ({info.description}; default {info.get_default(call_default_factory=True)!r})"
-    expected = " or ".join(dict.fromkeys(map(_expected, errors)))
-    return f"{name}{where}={found if len(found) <= 80 else found[:77] + '…'}: expected {expected}{about}"
+    wanted = " or ".join(dict.fromkeys(map(expected, errors)))
+    return f"{name}{where}={found if len(found) <= 80 else found[:77] + '…'}: expected {wanted}{about}"
 
 
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-_EXPECTED = {
-    "int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "dict": "a mapping {{key: value}}",
-    "tuple": "a list", "finite": "a finite number", "literal_error": "{expected}", "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}", "less_than": "less than {lt}", "less_than_equal": "at most {le}",
-}  # fmt: skip
-
-
-def _expected(error: Any) -> str:
-    """What pydantic says was expected, in our words."""
-    kind, context = error["type"], {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
-    form = _EXPECTED.get(kind) or _EXPECTED.get(kind.split("_")[0])
-    said: str = error["msg"] if form is None else form.format_map(context)
-    if kind == "literal_error" and isinstance(error["input"], str):
-        known = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        near = difflib.get_close_matches(error["input"], known, n=1, cutoff=0.5)
-        said += f". Did you mean {near[0]!r}?" if near else ""
-    return said

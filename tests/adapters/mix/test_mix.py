@@ -159,8 +159,8 @@ def test_weights_trained_whole_are_refused() -> None:
     [
         ({"how": "tie"}, "no mixer is called 'tie'. Did you mean 'ties'"),
         ({"how": "ties", "denisty": 0.2}, "ties has no option 'denisty'. Did you mean 'density'"),
-        ({"how": "ties", "density": 0.0}, r"ties: density=0.0: Input should be greater than 0"),
-        ({"how": "ties", "density": 1.5}, r"ties: density=1.5: Input should be less than or equal to 1"),
+        ({"how": "ties", "density": 0.0}, r"ties: density=0.0: expected more than 0"),
+        ({"how": "ties", "density": 1.5}, r"ties: density=1.5: expected at most 1"),
         ({"how": "svd", "rank": -1}, r"svd: rank=-1"),
         ({"seed": 2**63}, r"seed=9223372036854775808; expected a number from 0 to 2\*\*63 - 1"),
         ({"seed": -1}, "seed=-1; expected"),

@@ -138,7 +138,7 @@ def test_the_base_is_measured() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "head"}, "learned: by='head': Input should be 'model', 'layer' or 'module'"),
+        ({"by": "head"}, "learned: by='head': expected 'model', 'layer' or 'module'"),
         ({"normalize": "sum"}, "learned: normalize='sum'"),
         ({"steps": 0}, "learned: steps=0"),
         ({"lr": float("nan")}, "learned: lr=nan"),

@@ -80,7 +80,7 @@ def test_of_equals_the_first() -> None:
 def test_a_grid_as_it_is_typed(typed: object, values: tuple[float, ...]) -> None:
     found = control_pe(layer(), [adapter(update(0))], distance(dense(update(0))), values=typed)
     assert tuple(one.weights[0][0] for one in found.tried) == values
-    with pytest.raises(BadParameter, match="grid: values='0;1': Input should be a valid number"):
+    with pytest.raises(BadParameter, match="grid: values='0;1': expected a number"):
         control_pe(layer(), [adapter(update(0))], distance(dense(update(0))), values="0;1")
 
 

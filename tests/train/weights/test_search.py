@@ -181,11 +181,11 @@ def test_losses_that_are_no_numbers_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0}, "lorahub: budget=0: Input should be greater than or equal to 1"),
-        ({"bound": 0.0}, "lorahub: bound=0.0: Input should be greater than 0"),
+        ({"budget": 0}, "lorahub: budget=0: expected at least 1"),
+        ({"bound": 0.0}, "lorahub: bound=0.0: expected more than 0"),
         ({"bound": float("inf")}, "lorahub: bound=inf"),
         ({"l1": -1.0}, "lorahub: l1=-1.0"),
-        ({"space": "core"}, "lorahub: space='core': Input should be 'delta', 'factor' or 'factor:both'"),
+        ({"space": "core"}, "lorahub: space='core': expected 'delta', 'factor' or 'factor:both'"),
         ({"bugdet": 3}, "lorahub has no option 'bugdet'. Did you mean 'budget'"),
     ],
 )

@@ -25,6 +25,7 @@ from torch import Tensor
 from lorakit.adapters.mix.keep import Keep, drop, everything, graded, trim
 from lorakit.adapters.mix.merge import Merge, Vote, elected, mean, total
 from lorakit.adapters.update import inner, norm
+from lorakit.core.checked import expected
 from lorakit.core.delta import Factors
 from lorakit.core.errors import BadParameter, did_you_mean
 
@@ -94,7 +95,7 @@ class Mixer:
             return pydantic.validate_call(self.make)(**options)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise BadParameter(f"{self.name}: {first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+            raise BadParameter(f"{self.name}: {first['loc'][0]}={first['input']!r}: expected {expected(first)}") from None
 
 
 MIXERS: dict[str, Mixer] = {}

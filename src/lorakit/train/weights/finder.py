@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 
 import pydantic
 
+from lorakit.core.checked import expected
 from lorakit.core.errors import BadParameter, did_you_mean
 from lorakit.train.weights.found import Found
 
@@ -75,4 +76,4 @@ def _value(what: str, hint: Any, value: Any) -> Any:
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
-        raise BadParameter(f"{what}={value!r}: {error.errors()[0]['msg']}") from None
+        raise BadParameter(f"{what}={value!r}: expected {expected(error.errors()[0])}") from None
