@@ -200,7 +200,7 @@ def trained(plan: Plan, method: str, rate: float, *, steps: int | None = None, s
         try:
             result = train(config, quiet=True)
         except LorakitError as error:
-            if "the loss is" not in str(error):  # a rate that diverges is the worst, no failure
+            if "lower learning_rate" not in str(error):  # a rate that diverges is the worst, no failure
                 raise
             return Made(out, float("inf"), 0, seconds[FIRST:] or [float("nan")], rise[0])
     return Made(out, result.final["loss"], result.trainable, seconds[FIRST:] or seconds, rise[0])
