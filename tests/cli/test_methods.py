@@ -99,7 +99,7 @@ def test_every_method_has_a_page():
     assert set(pages) == {"methods/index.md"} | {f"methods/{name}.md" for name in list_methods()}
     for name in list_methods():
         text = pages[f"methods/{name}.md"]
-        assert text.startswith(f"# {page.paper(describe(name)).splitlines()[0]}")
+        assert text.startswith(f"# {page.paper(describe(name)).splitlines()[0].removesuffix('.')}\n")
         assert all(f"| `{p}` |" in text for p in describe(name).parameters)
 
 
