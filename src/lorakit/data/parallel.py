@@ -9,10 +9,9 @@ import pickle
 import queue
 import subprocess
 import sys
+import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -65,32 +64,44 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], count: i
 
 
 def _ordered(processes: list["_Process"], tasks: Iterable[Task]) -> Iterator[Any]:
-    idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+    """A thread a process, which waits for it. Nothing here but C's own queues: an interruption while a lock of Python's is taken (a
+    Future's, a pool's) would leave it locked, and whoever waits for it would wait for ever."""
+    todo: queue.SimpleQueue[tuple[int, Task] | None] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    found: dict[int, tuple[Any, BaseException | None]] = {}
+
+    def work(process: _Process) -> None:
+        while (given := todo.get()) is not None:
+            i, task = given
+            try:
+                ready.put((i, process.ask(task), None))
+            except BaseException as error:
+                ready.put((i, None, error))
+
+    def result(i: int) -> Any:
+        while i not in found:
+            done, *answer = ready.get()
+            found[done] = (answer[0], answer[1])
+        value, error = found.pop(i)
+        if error is not None:
+            raise error
+        return value
+
     for process in processes:
-        idle.put(process)
-
-    def done(task: Task) -> Any:
-        process = idle.get()
-        try:
-            return process.ask(task)
-        finally:
-            idle.put(process)
-
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(len(processes), thread_name_prefix="lorakit-rows") as pool:
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(done, task))
-                if len(waiting) >= AHEAD * len(processes):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # the pool waits for its threads, and they for their processes
-            for future in waiting:
-                future.cancel()
-            if waiting:
-                for process in processes:
-                    process.end()
+        threading.Thread(target=work, args=(process,), name="lorakit-rows", daemon=True).start()
+    try:
+        sent = taken = 0
+        for task in tasks:
+            todo.put((sent, task))
+            sent += 1
+            if sent - taken >= AHEAD * len(processes):
+                yield result(taken)
+                taken += 1
+        for i in range(taken, sent):
+            yield result(i)
+    finally:
+        for _ in processes:
+            todo.put(None)
 
 
 class _Process:
