@@ -197,3 +197,14 @@ def test_a_table_that_holds_fewer_rows_than_it_says_is_damaged():
     assert rows.read(1) == {"text": "b"}
     with pytest.raises(DataError, match="row 3 is missing: the file holds fewer rows"):
         rows.read(2)
+
+
+def test_a_name_inside_a_column_that_is_no_text_is_one_line(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}] * 4
+    path = tmp_path / "d.arrow"
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"content", b"con\xfdent"))
+    with pytest.raises(DataError, match=r"d\.arrow cannot be read as arrow: .*decode byte 0xfd"):
+        load_source(path)

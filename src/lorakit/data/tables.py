@@ -139,7 +139,9 @@ class Tables(Blocks):
 
     def block(self, start: int, size: int) -> list[Row]:
         k = int(np.searchsorted(self.ends, start, side="right")) - 1
-        found: list[Row] = self._part(k).slice(start - int(self.ends[k]), size).to_pylist()
+        part = self._part(k)
+        with _readable(self.paths[self.parts[k][0]]):  # names inside a column are decoded only now
+            found: list[Row] = part.slice(start - int(self.ends[k]), size).to_pylist()
         return found
 
     def where(self, i: int) -> str:
