@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from lorakit.core.errors import DataError
-from lorakit.data.encoded import IGNORED, encode_pair, encode_text, encode_translation
+from lorakit.data.encoded import IGNORED, encode_pair, encode_text, encode_translations
 from lorakit.data.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -45,7 +45,7 @@ def test_a_tokenizer_s_own_frame_is_kept_but_never_doubled():
 
 
 def test_an_encoder_decoder_sample_keeps_prompt_and_target_apart():
-    sample = encode_translation(framed("$A <eos>"), "ab", "c")
+    (sample,) = encode_translations(framed("$A <eos>"), [("ab", "c")])
     assert sample.input_ids == [*TOKENIZER("ab").input_ids, 1]
     assert sample.labels == [*TOKENIZER("c").input_ids, 1]
 

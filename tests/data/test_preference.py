@@ -16,6 +16,7 @@ from lorakit.data.preference import (
     tokenize_answers,
 )
 from lorakit.data.tiny import tiny_tokenizer
+from lorakit.data.tokenize import tokenize_rows
 from lorakit.data.tokenized import Tokenizing
 
 TOKENIZER = tiny_tokenizer()
@@ -201,3 +202,19 @@ def test_preferences_and_feedback_give_an_account(encoder_decoder: bool) -> None
         assert (counts.tokens, counts.trained, counts.cut) == (prompts + ends, ends, 2 if encoder_decoder else 3)
         assert counts.largest == max(*ids("abc" if others else "ab"), EOS, TOKENIZER.pad_token_id)
         assert [line.split()[0] for line in done.account.lines()] == ["tokens", "truncation", "padding"]
+
+
+def test_rows_whose_tools_the_template_does_not_show_are_counted_and_noted() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    called = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+    pairs = [CHAT, CHAT | {"tools": tools}, CHAT | {"chosen": called}]
+    rated = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} | row for row in pairs]
+    for row in rated:
+        del row["chosen"], row["rejected"]
+    talks = [{"messages": row["prompt"] + row["chosen"]} | {k: row[k] for k in row if k == "tools"} for row in pairs]
+    done = [tokenize_answers(TOKENIZER, rows, max_length=128) for rows in (pairs, rated)] + [
+        tokenize_rows(TOKENIZER, talks, max_length=128)
+    ]
+    for one in done:
+        assert one.account is not None and one.account.counts.blind == 2
+        assert any(note.startswith("in 2 of 3 rows there are tools that the chat template does not show") for note in one.account.notes())

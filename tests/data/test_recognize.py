@@ -308,3 +308,10 @@ def test_the_reason_says_where_tools_go():
         form.reason({"messages": [U, A], "tools": [{"name": "f"}], "id": 1})
         == "chat: column messages; tools go to the chat template; not used: id"
     )
+
+
+def test_tools_beside_texts_are_not_used_and_not_read():
+    row = {"prompt": "hi", "chosen": "yo", "rejected": "no", "tools": "f, g"}
+    form, made = read(row)
+    assert made == row
+    assert form.reason(row).endswith("; not used: tools")

@@ -164,7 +164,7 @@ def test_parts_are_short_in_characters():
 # --------------------------------------------------------------------------------------------------------------- rows that are wrong
 def test_a_row_that_cannot_be_tokenized_is_named_or_left_out_and_counted():
     rows = [{"messages": [{"role": r, "content": "a"} for r in roles]} for roles in (["user", "assistant"], ["user"], ["assistant"])]
-    with pytest.raises(DataError, match=r"^row 2: the conversation has no assistant message"):
+    with pytest.raises(DataError, match=r"^row 2: the conversation has no assistant message.*; skip_bad .--skip-bad. leaves such rows out"):
         tokenize_rows(TOKENIZER, rows, max_length=32)
     with mock.patch("lorakit.data.tokenized.CHARACTERS", 1), pytest.raises(DataError, match=r"^row 2: "):
         tokenize_rows(TOKENIZER, rows, max_length=32)

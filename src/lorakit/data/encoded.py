@@ -79,15 +79,10 @@ def encode_pairs(
     return samples
 
 
-def encode_translation(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-    """For encoder-decoder models: the prompt is what the encoder reads, the completion and EOS are the decoder's labels."""
-    return encode_translations(tokenizer, [(prompt, completion)])[0]
-
-
 def encode_translations(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], *, closing: "Closing | None" = None
 ) -> list[Encoded]:
-    """`encode_translation` of each."""
+    """For encoder-decoder models: the prompt is what the encoder reads, the completion and EOS are the decoder's labels."""
     eos, closed = eos_id(tokenizer), closing or Closing()
     starts = token_ids(tokenizer, [prompt for prompt, _ in pairs], special=True)
     answers = token_ids(tokenizer, [completion for _, completion in pairs], special=False)

@@ -8,10 +8,11 @@ is on what the answer's turns say. Longer sequences lose their end; a row of whi
 """
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -55,7 +56,26 @@ class Rated:
         return self.answer.input_ids
 
 
-class Pairs(Sequence[Preferred]):
+Item = TypeVar("Item", covariant=True)
+
+
+class _Made(Sequence[Item]):
+    """Items that are made when they are asked for."""
+
+    @abstractmethod
+    def item(self, k: int) -> Item:
+        """The k-th, 0 <= k < len."""
+
+    @overload
+    def __getitem__(self, k: int) -> Item: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Item]: ...
+    def __getitem__(self, k: int | slice) -> Item | list[Item]:
+        places = range(len(self))[k]
+        return self.item(places) if isinstance(places, int) else [self.item(i) for i in places]
+
+
+class Pairs(_Made[Preferred]):
     """Preferred ones over samples [chosen, rejected, chosen, ..]."""
 
     def __init__(self, samples: Samples[Encoded]) -> None:
@@ -66,16 +86,11 @@ class Pairs(Sequence[Preferred]):
     def __len__(self) -> int:
         return len(self.samples) // 2
 
-    @overload
-    def __getitem__(self, k: int) -> Preferred: ...
-    @overload
-    def __getitem__(self, k: slice) -> list[Preferred]: ...
-    def __getitem__(self, k: int | slice) -> Preferred | list[Preferred]:
-        places = range(len(self))[k]
-        return Preferred(*self.samples[2 * places : 2 * places + 2]) if isinstance(places, int) else [self[i] for i in places]
+    def item(self, k: int) -> Preferred:
+        return Preferred(*self.samples[2 * k : 2 * k + 2])
 
 
-class Ratings(Sequence[Rated]):
+class Ratings(_Made[Rated]):
     """Rated ones over marked samples, of at most `max_length` tokens.
 
     The mismatched answer is the next one's that has another prompt, so that two ratings of one prompt are no match of theirs; where all
@@ -94,16 +109,9 @@ class Ratings(Sequence[Rated]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, k: int) -> Rated: ...
-    @overload
-    def __getitem__(self, k: slice) -> list[Rated]: ...
-    def __getitem__(self, k: int | slice) -> Rated | list[Rated]:
-        places = range(len(self))[k]
-        if not isinstance(places, int):
-            return [self[i] for i in places]
-        one, other = self.samples[places], self.samples[self._partners[places]]
-        return Rated(replace(one, mark=None), bool(self.desirable[places]), self._with_answer_of(one, other))
+    def item(self, k: int) -> Rated:
+        one, other = self.samples[k], self.samples[self._partners[k]]
+        return Rated(replace(one, mark=None), bool(self.desirable[k]), self._with_answer_of(one, other))
 
     def _with_answer_of(self, one: Encoded, other: Encoded) -> Encoded:
         """One's prompt and another's answer, cut at the limit, which leaves some of the answer."""

@@ -90,7 +90,8 @@ class Format:
         """What was recognized by what, and what is not used."""
         mapped = renamed(found, self.columns) if self.columns else found
         back = dict(self.columns)
-        shown = ("tools",) if self.shape in ("chat", "preference", "feedback") and mapped.get("tools") else ()
+        talks = self.shape == "chat" or (self.shape in ("preference", "feedback") and not isinstance(mapped.get("prompt"), str))
+        shown = ("tools",) if talks and mapped.get("tools") else ()
         rest = [back.get(key, key) for key in mapped if key not in (*self.uses, "kind", *shown)]
         used = ", ".join(f"{back[key]} as {key}" if key in back else key for key in self.uses)
         what = f"{self.name}: column{'s' * (len(self.uses) > 1)} {used}"
@@ -335,7 +336,7 @@ def _native(shape: Shape, row: Row, where: object) -> Row:
         change |= _lists(row, ("prompt", "completion"), where)
     if isinstance(row.get("kind"), str) and row["kind"].isdecimal():
         change["kind"] = int(row["kind"])
-    if shape in ("preference", "feedback"):
+    if shape in ("preference", "feedback") and isinstance(change.get("prompt", row.get("prompt")), list):
         change |= _tools(row, where)
     return row | change if change else row
 
